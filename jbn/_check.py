@@ -1,0 +1,196 @@
+"""What arguments may be: every error names the argument, what came, and what to do."""
+
+import math
+import operator
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import core, lax
+
+from jbn._activations import ACTIVATIONS
+from jbn._collectives import Groups
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+IMPLEMENTATIONS = (None, "xla", "triton")
+
+
+def check_input(x) -> jax.Array:
+    """x as an array of a supported dtype and rank ≥ 1."""
+    dtype = jnp.result_type(x)
+    if dtype.name not in FLOATS:
+        remedy = "cast it, e.g. x.astype(jnp.float32)"
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            remedy = "normalise real and imaginary parts apart, or use jbn.linen/jbn.nnx, which leave it to Flax"
+        raise TypeError(f"x has dtype {dtype.name}, expected one of {', '.join(FLOATS)}: {remedy}")
+    x = jnp.asarray(x)
+    if x.ndim == 0:
+        raise ValueError("x is a scalar, expected rank >= 1 with channels along `axis`: add axes, e.g. x[None, None]")
+    return x
+
+
+def check_axis(axis, x) -> int:
+    """The position of the channel axis, ≥ 0."""
+    try:
+        position = operator.index(axis)
+    except TypeError:
+        raise TypeError(
+            f"axis is {axis!r}, expected one integer: move or reshape several channel axes into one"
+        ) from None
+    if not -x.ndim <= position < x.ndim:
+        raise ValueError(
+            f"axis is {axis}, out of range for x of shape {x.shape}: give one of {-x.ndim} to {x.ndim - 1}"
+        )
+    return position % x.ndim
+
+
+def check_mask(mask, x):
+    """The mask as a bool array of x's rank, or None."""
+    if mask is None:
+        return None
+    mask = jnp.asarray(mask)
+    if mask.dtype != bool:
+        raise TypeError(f"mask has dtype {mask.dtype.name}, expected bool: convert it, e.g. mask.astype(bool)")
+    if mask.ndim != x.ndim:
+        raise ValueError(
+            f"mask has shape {mask.shape}, of rank {mask.ndim}, expected rank {x.ndim} for x of shape {x.shape}: "
+            "add axes of size 1 where it is the same along x, e.g. mask[..., None]"
+        )
+    if any(m not in (1, n) for m, n in zip(mask.shape, x.shape, strict=True)):
+        raise ValueError(
+            f"mask has shape {mask.shape}, which does not broadcast to x of shape {x.shape}: give 1 or x's size"
+        )
+    return mask
+
+
+def check_residual(residual, x):
+    """The residual as a float array of x's shape, or None."""
+    if residual is None:
+        return None
+    dtype = jnp.result_type(residual)
+    if dtype.name not in FLOATS:
+        raise TypeError(f"residual has dtype {dtype.name}, expected one of {', '.join(FLOATS)}: cast it")
+    residual = jnp.asarray(residual)
+    if residual.shape != x.shape:
+        raise ValueError(f"residual has shape {residual.shape}, expected x's shape {x.shape}: broadcast it first")
+    return residual
+
+
+def check_vectors(name: str, value, kind: type, channels: int, x, axis):
+    """`params` or `state`: the NamedTuple `kind`, each vector a float array of shape (C,)."""
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"{name} is a {type(value).__name__}, expected jbn.{kind.__name__}: params come first, then state, "
+            "as jbn.bn_init returns them"
+        )
+    for field, vector in zip(value._fields, value, strict=True):
+        if vector is None and name == "params":
+            continue
+        dtype = None if vector is None else jnp.result_type(vector).name
+        if dtype not in FLOATS:
+            raise TypeError(f"{name}.{field} has dtype {dtype}, expected one of {', '.join(FLOATS)}: cast it")
+        if jnp.shape(vector) != (channels,):
+            raise ValueError(
+                f"{name}.{field} has shape {jnp.shape(vector)}, expected ({channels},) for x of shape {x.shape} with "
+                f"axis={axis}: make it with jbn.bn_init({channels}), or give the axis of the channels"
+            )
+
+
+def check_activation(activation) -> str | None:
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(
+            f"activation is {activation!r}, expected None or one of {', '.join(ACTIVATIONS)}: "
+            "apply any other to the output of batch norm"
+        )
+    return activation
+
+
+def check_dtype(dtype) -> jnp.dtype:
+    """A supported dtype (float64 counts as float32 while JAX has 64 bits off)."""
+    dtype = jax.dtypes.canonicalize_dtype(dtype)
+    if dtype.name not in FLOATS:
+        raise TypeError(f"dtype is {dtype.name}, expected one of {', '.join(FLOATS)}: cast the output instead")
+    return dtype
+
+
+def check_features(num_features) -> int:
+    try:
+        channels = operator.index(num_features)
+    except TypeError:
+        raise TypeError(f"num_features is {num_features!r}, expected a positive integer: give x.shape[axis]") from None
+    if channels < 1:
+        raise ValueError(f"num_features is {channels}, expected a positive integer: give x.shape[axis]")
+    return channels
+
+
+def check_implementation(implementation) -> None:
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation is {implementation!r}, expected None, 'xla' or 'triton'")
+    if implementation == "triton":
+        raise NotImplementedError(
+            "implementation='triton' is not available in this version of jbn, whose kernels are not there yet: use "
+            "implementation='xla', or None, which works on every device"
+        )
+
+
+def check_between(name: str, value, low: float, high: float):
+    """A scalar in [low, high]; checked where its value is known at tracing."""
+    if jnp.ndim(value) != 0:
+        raise ValueError(f"{name} has shape {jnp.shape(value)}, expected a scalar")
+    if not isinstance(value, core.Tracer):
+        if not low <= float(value) <= high:
+            bounds = f"in [{low:g}, {high:g}]" if math.isfinite(high) else f">= {low:g} and finite"
+            raise ValueError(f"{name} is {value}, expected a number {bounds}")
+    return value
+
+
+def check_virtual(size, x, channel: int) -> tuple[int, int] | None:
+    """The axis of the examples and how many make a virtual batch, or None."""
+    if size is None:
+        return None
+    try:
+        size = operator.index(size)
+    except TypeError:
+        raise TypeError(f"virtual_batch_size is {size!r}, expected None or a positive integer") from None
+    if x.ndim < 2:
+        raise ValueError(
+            f"virtual_batch_size is {size}, but x of shape {x.shape} has no axis of examples: leave it out"
+        )
+    examples = 1 if channel == 0 else 0
+    if size < 1 or x.shape[examples] % size:
+        raise ValueError(
+            f"virtual_batch_size is {size}, which does not divide the {x.shape[examples]} examples of x of shape "
+            f"{x.shape}: give a divisor, or drop the examples left over"
+        )
+    return examples, size
+
+
+def check_names(axis_name, groups) -> tuple[tuple[str, ...], Groups]:
+    """The bound axis names, and their groups as tuples."""
+    names = () if axis_name is None else tuple(axis_name) if _several(axis_name) else (axis_name,)
+    for name in names:
+        try:
+            lax.axis_size(name)
+        except NameError:
+            raise ValueError(
+                f"axis_name has {name!r}, which is not bound here: call inside shard_map, pmap or vmap(axis_name={name!r}), "
+                "or leave axis_name out (under jit with sharded arrays statistics are global without it)"
+            ) from None
+    if groups is None:
+        return names, None
+    if len(names) != 1:
+        raise ValueError(
+            f"axis_index_groups came with axis_name={axis_name!r}, expected exactly one name: groups index one axis"
+        )
+    groups = tuple(tuple(operator.index(i) for i in group) for group in groups)
+    size = lax.axis_size(names[0])
+    if sorted(i for group in groups for i in group) != list(range(size)) or len({len(g) for g in groups}) != 1:
+        raise ValueError(
+            f"axis_index_groups is {[list(g) for g in groups]}, expected groups of one size that hold each index of "
+            f"axis {names[0]!r}, 0 to {size - 1}, once"
+        )
+    return names, groups
+
+
+def _several(axis_name) -> bool:
+    return isinstance(axis_name, Sequence) and not isinstance(axis_name, str)

@@ -1,0 +1,70 @@
+"""What the two Flax modules share: the calls left to Flax's own code, its axes, masks and result dtypes."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jbn._check import FLOATS, check_axis
+
+NOT_ASKED = {"activation": None, "virtual_batch_size": None, "unbiased": False, "implementation": None}
+
+
+def left_to_flax(layer: Any, x: jax.Array, residual: jax.Array | None) -> bool:
+    """Whether this call is one that Flax's own batch norm serves and `bn_train` does not.
+
+    Raises:
+      ValueError: it is, and it asks for something that only `bn_train` has.
+    """
+    reason, remedy = _reason(layer, x)
+    asked = {name: getattr(layer, name) for name in NOT_ASKED}
+    asked = {name: value for name, value in asked.items() if value is not NOT_ASKED[name]}
+    if residual is not None:
+        asked["residual"] = f"array of shape {jnp.shape(residual)}"
+    if reason and asked:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in asked.items())
+        raise ValueError(
+            f"BatchNorm got {arguments} together with {reason}, which is left to Flax's own batch norm, "
+            f"where that does not exist: {remedy}, or do without {' and '.join(asked)}"
+        )
+    return bool(reason)
+
+
+def _reason(layer: Any, x: jax.Array) -> tuple[str, str]:
+    for name, dtype in (("x of dtype", x.dtype), ("dtype", layer.dtype), ("param_dtype", layer.param_dtype)):
+        if dtype is not None and jnp.dtype(dtype).name not in FLOATS:
+            return f"{name} {jnp.dtype(dtype)}", f"use one of {', '.join(FLOATS)}"
+    if len(_axes(layer.axis, x)) != 1:
+        return f"axis={layer.axis!r}", "reshape x to a single feature axis"
+    if not getattr(layer, "force_float32_reductions", True):  # linen alone has it
+        return "force_float32_reductions=False", "leave force_float32_reductions at True"
+    return "", ""
+
+
+def feature_axis(axis: Any, x: jax.Array) -> int:
+    """The one feature axis, counted from the front; Flax also takes it inside a tuple."""
+    (one,) = _axes(axis, x)
+    return one
+
+
+def _axes(axis: Any, x: jax.Array) -> set[int]:
+    return {check_axis(each, x) for each in (axis if isinstance(axis, Iterable) else (axis,))}
+
+
+def full_rank_mask(mask: Any, rank: int) -> jax.Array | None:
+    """Flax's mask, of any dtype and of lower rank as in NumPy's broadcasting, as `bn_train` takes it."""
+    if mask is None:
+        return None
+    mask = jnp.asarray(mask).astype(bool)
+    return jnp.expand_dims(mask, tuple(range(rank - mask.ndim)))
+
+
+def with_result_dtype(x: jax.Array, dtype: Any, *variables: jax.Array | None) -> tuple[jax.Array, Any]:
+    """`x`, and the dtype of the result: the one asked for, or what `x` and the variables promote to.
+
+    `bn_train` computes in the precision of `x`, so a float64 result needs a float64 `x`.
+    """
+    if dtype is None:
+        dtype = jnp.result_type(x, *(each for each in variables if each is not None))
+    return (x.astype(dtype) if jnp.dtype(dtype) == jnp.float64 else x), dtype

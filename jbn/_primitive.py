@@ -1,0 +1,86 @@
+"""A JAX primitive from a plain function: what each transformation means is derived from the function itself."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+
+def primitive(name: str, reference: Callable, batch: Callable) -> tuple[Primitive, Callable]:
+    """Makes the primitive `jbn_<name>` whose value is `reference(plan, *operands)`.
+
+    `reference` is written in jax.numpy over pytrees of arrays. It is the primitive's type rule (shapes, dtypes,
+    shardings and varying axes follow from tracing it), its derivative, and its lowering. `batch(plan, name)`
+    returns the plan of the same computation with one more leading batch axis, which a vmap may have named.
+
+    Returns:
+      The primitive, and `bind(plan, *operands)`, which calls it on pytrees (None where an operand is absent) and
+      returns the list of its outputs.
+    """
+    prim = Primitive(f"jbn_{name}")
+    prim.multiple_results = True
+
+    def run(*flat, tree, plan):
+        return jax.tree.leaves(reference(plan, *jax.tree.unflatten(tree, flat)))
+
+    @functools.cache
+    def compiled(tree, plan):
+        return jax.jit(functools.partial(run, tree=tree, plan=plan))
+
+    def impl(*flat, **params):
+        return compiled(**params)(*flat)
+
+    def type_rule(*avals, **params):
+        closed = jax.make_jaxpr(functools.partial(run, **params))(*avals)
+        return closed.out_avals, closed.effects
+
+    def jvp(primals, tangents, **params):
+        moving = [i for i, t in enumerate(tangents) if type(t) is not ad.Zero]
+
+        def along(*moved):
+            operands = list(primals)
+            for i, value in zip(moving, moved, strict=True):
+                operands[i] = value
+            return run(*operands, **params)
+
+        _, out = jax.jvp(along, [primals[i] for i in moving], [tangents[i] for i in moving])
+        return prim.bind(*primals, **params), out
+
+    def batching_rule(axis_data, flat, dims, *, tree, plan):
+        if all(d is None for d in dims) and axis_data.name not in plan.sync.names:
+            out = prim.bind(*flat, tree=tree, plan=plan)
+            return out, [None] * len(out)
+        flat = [_to_front(v, d, axis_data.size) for v, d in zip(flat, dims, strict=True)]
+        out = prim.bind(*flat, tree=tree, plan=batch(plan, axis_data.name))
+        return out, [0] * len(out)
+
+    prim.def_impl(impl)
+    prim.def_effectful_abstract_eval(type_rule)
+    ad.primitive_jvps[prim] = jvp
+    batching.fancy_primitive_batchers[prim] = batching_rule
+    mlir.register_lowering(prim, mlir.lower_fun(run, multiple_results=True))
+
+    def bind(plan, *operands):
+        flat, tree = jax.tree.flatten(operands)
+        return prim.bind(*_vary_alike(flat), tree=tree, plan=plan)
+
+    return prim, bind
+
+
+def _to_front(value: jax.Array, dim: int | None, size: int) -> jax.Array:
+    if dim is not None:
+        return jax.numpy.moveaxis(value, dim, 0)
+    # a mask keeps its own size; everything else is one value per batch
+    return value[None] if value.dtype == bool else jax.numpy.broadcast_to(value, (size, *value.shape))
+
+
+def _vary_alike(flat: Sequence[jax.Array]) -> list[jax.Array]:
+    """Under `shard_map` with checks, operands that are equal on all devices are marked as varying like the rest."""
+    varying = [jax.typeof(v).mat.varying for v in flat]
+    union = frozenset().union(*varying)
+    return [
+        jax.lax.pcast(v, tuple(sorted(union - own)), to="varying") if union - own else v
+        for v, own in zip(flat, varying, strict=True)
+    ]

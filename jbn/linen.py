@@ -1,0 +1,140 @@
+"""Batch normalization as a `flax.linen` module: change the import, and nothing else.
+
+Usage:
+
+    from jbn.linen import BatchNorm        # was: from flax.linen import BatchNorm
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            y = nn.Conv(x.shape[-1], (3, 3), use_bias=False)(x)
+            return BatchNorm(activation="relu")(y, use_running_average=not train, residual=x)
+
+    y, updates = block.apply(variables, x, train=True, mutable=["batch_stats"])
+"""
+
+import inspect
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jbn import BNParams, BNState, bn_eval, bn_train
+from jbn._flax import feature_axis, full_rank_mask, left_to_flax, with_result_dtype
+
+# Without Flax's method wrapper, so that a call left to it is captured and tabulated once, not twice.
+_flax_call = inspect.unwrap(nn.BatchNorm.__call__)
+
+
+class BatchNorm(nn.BatchNorm):
+    """`flax.linen.BatchNorm`, computed by `jbn.bn_train` and `jbn.bn_eval`.
+
+    In training, with mean and variance taken over every axis of `x` but `axis`,
+
+        y = activation((x − mean) / √(var + epsilon) · scale + bias + residual)
+        batch_stats ← momentum · batch_stats + (1 − momentum) · (mean, var)
+
+    With `use_running_average=True`, `mean` and `var` are those of `batch_stats`, which stay as they are.
+    During initialization they stay too, and `axis_name` and `virtual_batch_size` have no effect.
+
+    Variables: `params/scale` and `params/bias`, shape `(C,)`, dtype `param_dtype`; `batch_stats/mean` and
+    `batch_stats/var`, shape `(C,)`, float32 (float64 after a float64 batch). Names, shapes, dtypes, the order
+    of random numbers and automatic names (`BatchNorm_0`) are Flax's; checkpoints of one load in the other.
+
+    Every attribute of `flax.linen.BatchNorm`, in its order and with its default, then:
+
+    Attributes:
+      activation: None, `"relu"`, `"relu6"`, `"leaky_relu"`, `"silu"` or `"hard_swish"`, applied last.
+      virtual_batch_size: k normalizes each run of k examples with its own statistics (ghost batch norm);
+        `batch_stats` sees the whole batch.
+      unbiased: store the variance times n / max(n − 1, 1) in `batch_stats`, as PyTorch does.
+      implementation: None chooses by platform; `"xla"` or `"triton"` never falls back.
+
+    Where results differ from Flax's:
+      * The variance does not cancel at large |mean| / std; `use_fast_variance` is accepted without effect.
+      * A channel whose mask has no True position is normalized with the running statistics, which then do not
+        move. Flax: NaN.
+      * Over `axis_name`, masked batches are weighted by their counts. Flax: the mean of the devices' means.
+      * NaN at a masked position reaches no gradient of another position.
+      * No gradient flows through the new `batch_stats`.
+
+    What `bn_train` does not take goes to Flax's own code: complex or integer `x`, another dtype than float16,
+    bfloat16, float32 or float64, several feature axes, and `force_float32_reductions=False`.
+
+    Source: Ioffe & Szegedy 2015, "Batch Normalization: Accelerating Deep Network Training by Reducing
+    Internal Covariate Shift", https://arxiv.org/abs/1502.03167, algorithm 1.
+    """
+
+    activation: str | None = None
+    virtual_batch_size: int | None = None
+    unbiased: bool = False
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+        residual: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normalizes `x`.
+
+        Args:
+          x: any rank ≥ 1, channels at `axis`.
+          use_running_average: normalize with `batch_stats` instead of the batch's own statistics. Given here
+            or to the constructor, not to both.
+          mask: broadcastable to `x`; where it is zero or False, `x` stays out of the statistics.
+          residual: of `x`'s shape, added before the activation.
+
+        Returns:
+          Array of `x`'s shape, in `dtype` (None: what `x`, scale and bias promote to).
+
+        Raises:
+          ValueError: `axis` out of range, a shape that does not fit, an unknown option, or an option that a
+            call left to Flax does not have; each says which, and the remedy.
+        """
+        x = jnp.asarray(x)
+        if left_to_flax(self, x, residual):
+            return _flax_call(self, x, use_running_average, mask=mask)
+        use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
+        axis = feature_axis(self.axis, x)
+        shape = (x.shape[axis],)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
+        var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+        params = BNParams(
+            self.param("scale", self.scale_init, shape, self.param_dtype) if self.use_scale else None,
+            self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None,
+        )
+        stats_dtype = jnp.dtype(x.dtype if self.dtype is None else self.dtype)
+        x, dtype = with_result_dtype(x, self.dtype, *params)
+        options: dict[str, Any] = dict(
+            axis=axis,
+            epsilon=self.epsilon,
+            residual=residual,
+            activation=self.activation,
+            dtype=dtype,
+            implementation=self.implementation,
+        )
+        if use_running_average:
+            return bn_eval(params, BNState(mean.value, var.value), x, **options)
+        # Flax's running statistics become float64 with the first float64 batch, and are never below float32.
+        wide = jnp.float64 if jnp.float64 in (stats_dtype, mean.value.dtype) else jnp.float32
+        initializing = self.is_initializing()  # on any batch, outside any axis_name: the statistics stay
+        y, state = bn_train(
+            params,
+            BNState(mean.value.astype(wide), var.value.astype(wide)),
+            x,
+            momentum=self.momentum,
+            mask=full_rank_mask(mask, x.ndim),
+            virtual_batch_size=None if initializing else self.virtual_batch_size,
+            unbiased=self.unbiased,
+            axis_name=None if initializing else self.axis_name,
+            axis_index_groups=None if initializing or self.axis_name is None else self.axis_index_groups,
+            **options,
+        )
+        if not initializing:
+            mean.value, var.value = state
+        return y

@@ -1,0 +1,148 @@
+"""Batch normalization as a `flax.nnx` module: change the import, and nothing else.
+
+Usage:
+
+    from jbn.nnx import BatchNorm        # was: from flax.nnx import BatchNorm
+
+    class Block(nnx.Module):
+        def __init__(self, features, rngs):
+            self.conv = nnx.Conv(features, features, (3, 3), use_bias=False, rngs=rngs)
+            self.norm = BatchNorm(features, activation="relu", rngs=rngs)
+
+        def __call__(self, x):
+            return self.norm(self.conv(x), residual=x)
+
+    block.train(); y = block(x)        # the batch's statistics; updates block.norm.mean and .var
+    block.eval(); y = block(x)         # the running ones
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+
+from jbn import BNParams, BNState, bn_eval, bn_train
+from jbn._flax import feature_axis, full_rank_mask, left_to_flax, with_result_dtype
+
+
+class BatchNorm(nnx.BatchNorm):
+    """`flax.nnx.BatchNorm`, computed by `jbn.bn_train` and `jbn.bn_eval`.
+
+    In training, with mean and variance of the batch taken over every axis of `x` but `axis`,
+
+        y = activation((x − mean) / √(var + epsilon) · scale + bias + residual)
+        self.mean, self.var ← momentum · (self.mean, self.var) + (1 − momentum) · (mean, var)
+
+    With `use_running_average=True`, or after `model.eval()`, `mean` and `var` are `self.mean` and `self.var`,
+    which stay as they are.
+
+    Variables: `scale` and `bias`, `nnx.Param` of shape `(C,)` and dtype `param_dtype`, or None; `mean` and
+    `var`, `nnx.BatchStat` of shape `(C,)`, float32. Names, shapes, dtypes and the order of random numbers are
+    Flax's; checkpoints of one load in the other.
+
+    Args:
+      num_features: C.
+      activation: None, `"relu"`, `"relu6"`, `"leaky_relu"`, `"silu"` or `"hard_swish"`, applied last.
+      virtual_batch_size: k normalizes each run of k examples with its own statistics (ghost batch norm);
+        `mean` and `var` see the whole batch.
+      unbiased: store the variance times n / max(n − 1, 1) in `var`, as PyTorch does.
+      implementation: None chooses by platform; `"xla"` or `"triton"` never falls back.
+      **flax: every other argument of `flax.nnx.BatchNorm`, with its default; `rngs` is required.
+
+    Where results differ from Flax's:
+      * The variance does not cancel at large |mean| / std; `use_fast_variance` is accepted without effect.
+      * A channel whose mask has no True position is normalized with `mean` and `var`, which then do not move.
+        Flax: NaN.
+      * Over `axis_name`, masked batches are weighted by their counts. Flax: the mean of the devices' means.
+      * NaN at a masked position reaches no gradient of another position.
+      * No gradient flows through the new `mean` and `var`.
+      * A low-precision `dtype` is that of `y` alone: `x`, statistics and parameters are not rounded to it. A
+        custom `promote_dtype` is called as in Flax, and does what it does.
+
+    What `bn_train` does not take goes to Flax's own code: complex or integer `x`, another dtype than float16,
+    bfloat16, float32 or float64, and several feature axes.
+
+    Source: Ioffe & Szegedy 2015, "Batch Normalization: Accelerating Deep Network Training by Reducing
+    Internal Covariate Shift", https://arxiv.org/abs/1502.03167, algorithm 1.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        activation: str | None = None,
+        virtual_batch_size: int | None = None,
+        unbiased: bool = False,
+        implementation: str | None = None,
+        **flax: Any,
+    ):
+        super().__init__(num_features, **flax)
+        self.activation = activation
+        self.virtual_batch_size = virtual_batch_size
+        self.unbiased = unbiased
+        self.implementation = implementation
+
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+        residual: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normalizes `x`.
+
+        Args:
+          x: any rank ≥ 1, `num_features` channels at `axis`.
+          use_running_average: normalize with `mean` and `var` instead of the batch's own statistics; None: as
+            the constructor, `train()`, `eval()` or `nnx.view` said last.
+          mask: broadcastable to `x`; where it is zero or False, `x` stays out of the statistics.
+          residual: of `x`'s shape, added before the activation.
+
+        Returns:
+          Array of `x`'s shape, in `dtype` (None: what `x`, statistics and parameters promote to).
+
+        Raises:
+          ValueError: `axis` out of range, a shape that does not fit, an unknown option, or an option that a
+            call left to Flax does not have; each says which, and the remedy.
+        """
+        x = jnp.asarray(x)
+        if use_running_average is None:
+            use_running_average = self.use_running_average
+        if left_to_flax(self, x, residual) or use_running_average is None:  # None: the error is Flax's
+            return super().__call__(x, use_running_average, mask=mask)
+        state = BNState(self.mean[...], self.var[...])
+        scale = None if self.scale is None else self.scale[...]
+        bias = None if self.bias is None else self.bias[...]
+        if self.promote_dtype is promote_dtype:  # Flax's own rounds all five; here only the result
+            mean, var = state
+            x, dtype = with_result_dtype(x, self.dtype, mean, var, scale, bias)
+        else:
+            x, mean, var, scale, bias = self.promote_dtype((x, *state, scale, bias), dtype=self.dtype)
+            x, dtype = with_result_dtype(x, self.dtype, scale, bias)
+        options: dict[str, Any] = dict(
+            axis=feature_axis(self.axis, x),
+            epsilon=self.epsilon,
+            residual=residual,
+            activation=self.activation,
+            dtype=dtype,
+            implementation=self.implementation,
+        )
+        if use_running_average:
+            return bn_eval(BNParams(scale, bias), BNState(mean, var), x, **options)
+        y, state = bn_train(
+            BNParams(scale, bias),
+            state,
+            x,
+            momentum=self.momentum,
+            mask=full_rank_mask(mask, x.ndim),
+            virtual_batch_size=self.virtual_batch_size,
+            unbiased=self.unbiased,
+            axis_name=self.axis_name,
+            axis_index_groups=None if self.axis_name is None else self.axis_index_groups,
+            **options,
+        )
+        self.mean[...], self.var[...] = state
+        return y
