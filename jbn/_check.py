@@ -86,8 +86,8 @@ def check_vectors(name: str, value, kind: type, channels: int, x, axis):
     for field, vector in zip(value._fields, value, strict=True):
         if vector is None and name == "params":
             continue
-        dtype = None if vector is None else jnp.result_type(vector).name
-        if dtype not in FLOATS:
+        dtype = "None" if vector is None else jnp.result_type(vector).name
+        if vector is None or dtype not in FLOATS:
             raise TypeError(f"{name}.{field} has dtype {dtype}, expected one of {', '.join(FLOATS)}: cast it")
         if jnp.shape(vector) != (channels,):
             raise ValueError(
@@ -154,7 +154,7 @@ def check_virtual(size, x, channel: int) -> tuple[int, int] | None:
         raise TypeError(f"virtual_batch_size is {size!r}, expected None or a positive integer") from None
     if x.ndim < 2:
         raise ValueError(
-            f"virtual_batch_size is {size}, but x of shape {x.shape} has no axis of examples: leave it out"
+            f"virtual_batch_size is {size}, but x of shape {x.shape} has no axis of examples to group: leave it out"
         )
     examples = 1 if channel == 0 else 0
     if size < 1 or x.shape[examples] % size:
@@ -173,8 +173,9 @@ def check_names(axis_name, groups) -> tuple[tuple[str, ...], Groups]:
             lax.axis_size(name)
         except NameError:
             raise ValueError(
-                f"axis_name has {name!r}, which is not bound here: call inside shard_map, pmap or vmap(axis_name={name!r}), "
-                "or leave axis_name out (under jit with sharded arrays statistics are global without it)"
+                f"axis_name has {name!r}, which is not bound here: call inside shard_map, pmap or "
+                f"vmap(axis_name={name!r}), or leave axis_name out (under jit with sharded arrays statistics are "
+                "global without it)"
             ) from None
     if groups is None:
         return names, None
@@ -190,6 +191,11 @@ def check_names(axis_name, groups) -> tuple[tuple[str, ...], Groups]:
             f"axis {names[0]!r}, 0 to {size - 1}, once"
         )
     return names, groups
+
+
+def splittable() -> bool:
+    """Whether `jit` may split arrays over devices here: not inside `shard_map` or `pmap`, where shards are local."""
+    return not jax.sharding.get_abstract_mesh().manual_axes
 
 
 def _several(axis_name) -> bool:

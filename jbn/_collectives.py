@@ -1,5 +1,6 @@
 """Sums and gathers over the axes that share one batch: mapped axes by name, or vmapped ones by position."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -12,15 +13,13 @@ Groups = tuple[tuple[int, ...], ...] | None
 class Sync(NamedTuple):
     """Who shares the statistics: axes bound by a mapping, then leading axes that a vmap made of such a name."""
 
-    names: tuple[str, ...] = ()
+    names: tuple[str | tuple[str, ...], ...] = ()  # what lies in an inner tuple is one axis to a collective
     groups: Groups = None  # index groups within the one name
     dims: tuple[tuple[int, Groups], ...] = ()  # position of a leading axis, and its groups
 
     def size(self) -> int:
-        """How many members share, where no name has become a position."""
-        if self.groups is not None:
-            return len(self.groups[0])
-        return int(lax.axis_size(self.names)) if self.names else 1
+        """How many members share, before a vmap has turned a name into a position."""
+        return len(self.groups[0]) if self.groups else math.prod(lax.axis_size(name) for name in self.names)
 
     def batched(self, name) -> "Sync":
         """The same sharing once a vmap has put one more axis in front, which may bind one of the names."""
@@ -32,14 +31,19 @@ class Sync(NamedTuple):
 
 
 def gather(value: jax.Array, sync: Sync) -> jax.Array:
-    """The values of all members, stacked along a new first axis."""
-    if sync.groups is None:
-        return lax.all_gather(value, sync.names, to="invarying")
-    (name,) = sync.names
-    if name in jax.sharding.get_abstract_mesh().manual_axes:
-        return lax.all_gather(value, name, axis_index_groups=sync.groups)
-    # vmap has no grouped gather: take everything, then the group's rows
-    return lax.all_gather(value, name)[_peers(sync.groups)[lax.axis_index(name)]]
+    """The values of all members, stacked along a new first axis; the same for each member, as far as JAX can tell."""
+    manual = tuple(name for name in sync.names if name in jax.sharding.get_abstract_mesh().manual_axes)
+    if sync.groups is not None:
+        (name,) = sync.names
+        if manual:
+            return lax.all_gather(value, name, axis_index_groups=sync.groups)
+        # vmap has no grouped gather: take everything, then the group's rows
+        return lax.all_gather(value, name)[_peers(sync.groups)[lax.axis_index(name)]]
+    every = lax.all_gather(value, manual, to="invarying") if manual else value
+    for name in sync.names:
+        if name not in manual:  # vmap gathers one axis at a time
+            every = lax.all_gather(every, name)
+    return every.reshape(-1, *value.shape)
 
 
 def add_across(values: tuple[jax.Array, ...], sync: Sync) -> tuple[jax.Array, ...]:
@@ -52,7 +56,8 @@ def add_across(values: tuple[jax.Array, ...], sync: Sync) -> tuple[jax.Array, ..
     if sync.groups is not None:
         stacked = jnp.sum(gather(stacked, sync), axis=0)
     elif sync.names:
-        stacked = lax.psum(stacked, sync.names)
+        flat = (n for name in sync.names for n in (name if isinstance(name, tuple) else (name,)))
+        stacked = lax.psum(stacked, tuple(flat))
     return tuple(stacked)
 
 

@@ -15,8 +15,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from jbn import _pieces
-from jbn._xla import Coefficients, Plan
-from jbn.moments import Moments, local_moments, merge_across
+from jbn._merge import Moments, merge_across
+from jbn._plan import Coefficients, Plan
+from jbn.moments import local_moments
 
 
 class Running(NamedTuple):
@@ -94,7 +95,7 @@ def _moved(plan, x, coef, learned, mask, dx, moved, extra_scale=None, extra_bias
     dx = None if _still(dx) else dx
     linear = (dx, _plus(dscale, extra_scale), _plus(dbias, extra_bias), dresidual)
     if all(t is None for t in linear):
-        return jnp.zeros(x.shape, plan.dtype)
+        return jnp.zeros_like(x, plan.dtype)
     (dy,) = _pieces.tangent(plan, x, coef, learned.residual, mask, linear)
     return dy
 

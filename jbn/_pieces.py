@@ -3,20 +3,27 @@
 from jax.interpreters import ad
 
 from jbn import _xla
-from jbn._collectives import add_across
+from jbn._collectives import Sync, add_across
+from jbn._merge import Moments, merge_across
+from jbn._plan import Plan, row_count
 from jbn._primitive import primitive
-from jbn._xla import Plan
 
 
-def _batched(plan: Plan, name) -> Plan:
-    return plan._replace(channel=plan.channel + 1, batch=plan.batch + 1, sync=plan.sync.batched(name))
+def _merge_devices(plan: Plan, x, out, names):
+    static = len(out) == 2
+    seen = merge_across(Moments(row_count(plan, x) if static else out[0], *out[-2:]), Sync((names,)))
+    return list(seen[1:] if static else seen)
 
 
-_, moments = primitive("moments", _xla.moments, _batched)
-_, apply = primitive("apply", _xla.apply, _batched)
-_, gradient_sums = primitive("gradient_sums", _xla.gradient_sums, _batched)
-_, gradient_input = primitive("gradient_input", _xla.gradient_input, _batched)
-_tangent_p, tangent = primitive("tangent", _xla.tangent, _batched)
+def _add_devices(_plan: Plan, _x, out, names):
+    return list(add_across(tuple(out), Sync((names,))))
+
+
+_, moments = primitive("moments", _xla.moments, _merge_devices)
+_, apply = primitive("apply", _xla.apply)
+_, gradient_sums = primitive("gradient_sums", _xla.gradient_sums, _add_devices)
+_, gradient_input = primitive("gradient_input", _xla.gradient_input)
+_tangent_p, tangent = primitive("tangent", _xla.tangent)
 
 
 def _tangent_transpose(cotangents, *flat, tree, plan):
@@ -26,12 +33,12 @@ def _tangent_transpose(cotangents, *flat, tree, plan):
     wanted = [m is not None and ad.is_undefined_primal(m) for m in moved]
     dx = dscale = dbias = dresidual = None
     if type(dy) is not ad.Zero:
-        sums = None
+        sums = ()
         if wanted[1] or wanted[2] or ((wanted[0] or wanted[3]) and plan.centred):
             sums = gradient_sums(plan, x, coef, residual, mask, dy)
             dbias, dscale = sums
         if wanted[0] or wanted[3]:
-            sums = add_across(sums, plan.sync) if plan.centred else None
+            sums = add_across(tuple(sums), plan.sync)
             dx, *rest = gradient_input(plan, x, coef, residual, mask, dy, sums)
             dresidual = rest[0] if rest else None
     found = [value if want else None for value, want in zip((dx, dscale, dbias, dresidual), wanted, strict=True)]

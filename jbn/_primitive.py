@@ -4,16 +4,19 @@ import functools
 from collections.abc import Callable, Sequence
 
 import jax
+from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from jbn._partition import split_rows
 
-def primitive(name: str, reference: Callable, batch: Callable) -> tuple[Primitive, Callable]:
+
+def primitive(name: str, reference: Callable, combine: Callable | None = None) -> tuple[Primitive, Callable]:
     """Makes the primitive `jbn_<name>` whose value is `reference(plan, *operands)`.
 
     `reference` is written in jax.numpy over pytrees of arrays. It is the primitive's type rule (shapes, dtypes,
-    shardings and varying axes follow from tracing it), its derivative, and its lowering. `batch(plan, name)`
-    returns the plan of the same computation with one more leading batch axis, which a vmap may have named.
+    shardings and varying axes follow from tracing it), its derivative, and its lowering. Where it reduces over rows,
+    `combine(plan, x, out, names)` merges what devices found of their own rows, over mesh axes `names`.
 
     Returns:
       The primitive, and `bind(plan, *operands)`, which calls it on pytrees (None where an operand is absent) and
@@ -27,7 +30,7 @@ def primitive(name: str, reference: Callable, batch: Callable) -> tuple[Primitiv
 
     @functools.cache
     def compiled(tree, plan):
-        return jax.jit(functools.partial(run, tree=tree, plan=plan))
+        return jax.jit(functools.partial(prim.bind, tree=tree, plan=plan))
 
     def impl(*flat, **params):
         return compiled(**params)(*flat)
@@ -53,14 +56,22 @@ def primitive(name: str, reference: Callable, batch: Callable) -> tuple[Primitiv
             out = prim.bind(*flat, tree=tree, plan=plan)
             return out, [None] * len(out)
         flat = [_to_front(v, d, axis_data.size) for v, d in zip(flat, dims, strict=True)]
-        out = prim.bind(*flat, tree=tree, plan=batch(plan, axis_data.name))
+        out = prim.bind(*flat, tree=tree, plan=plan.batched(axis_data.name))
         return out, [0] * len(out)
+
+    def lowering(ctx, *values, tree, plan):
+        local = functools.partial(run, tree=tree, plan=plan)
+        if combine is not None and plan.sharded:
+            local = split_rows(local, functools.partial(combine, plan), plan, ctx.avals_in[0].sharding)
+        return mlir.lower_fun(local, multiple_results=True)(ctx, *values)
 
     prim.def_impl(impl)
     prim.def_effectful_abstract_eval(type_rule)
     ad.primitive_jvps[prim] = jvp
     batching.fancy_primitive_batchers[prim] = batching_rule
-    mlir.register_lowering(prim, mlir.lower_fun(run, multiple_results=True))
+    mlir.register_lowering(prim, lowering)
+    if combine is not None:
+        prim_requires_devices_during_lowering.add(prim)  # as custom_partitioning does, which is inside
 
     def bind(plan, *operands):
         flat, tree = jax.tree.flatten(operands)

@@ -10,9 +10,9 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jbn import _check
 from jbn._collectives import Sync
+from jbn._merge import Moments, merge_across, merge_along
 from jbn._op import Learned, Running, normalize_eval, normalize_train
-from jbn._xla import Plan, compute_dtype
-from jbn.moments import Moments, merge_across, merge_along
+from jbn._plan import Plan, compute_dtype
 
 Activation = Literal["relu", "relu6", "leaky_relu", "silu", "hard_swish"]
 Implementation = Literal["xla", "triton"]
@@ -165,7 +165,16 @@ def _prepare(
     _check.check_activation(activation)
     _check.check_implementation(implementation)
     dtype = x.dtype if dtype is None else _check.check_dtype(dtype)
-    plan = Plan(channel, batch=0, count=1, centred=False, activation=activation, dtype=dtype, sync=Sync())
+    plan = Plan(
+        channel,
+        batch=0,
+        count=1,
+        centred=False,
+        activation=activation,
+        dtype=dtype,
+        sync=Sync(),
+        sharded=_check.splittable(),
+    )
     kind = compute_dtype(x.dtype)
     scale, bias = (None if v is None else jnp.asarray(v).astype(kind) for v in params)
     return plan, x, Learned(scale, bias, residual, jnp.asarray(epsilon).astype(kind)[None])

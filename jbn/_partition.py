@@ -1,0 +1,106 @@
+"""How a piece that reduces over rows is split over the devices of a `jit`: local rows first, then one collective.
+
+Elementwise pieces need nothing of the kind, XLA splits them without communication.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import jax
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jbn._plan import Plan, rows
+
+
+def split_rows(local: Callable, combine: Callable, plan: Plan, sharding) -> Callable:
+    """A function of flat operands that computes `local` on each device's rows and merges by `combine(x, out, names)`.
+
+    The first operand is x, of which `sharding` is the type's; the others have its rank (1 where a mask is the same
+    all along), or are vectors `(*batch, C)`, as all outputs are. On one device it is `local` itself.
+    """
+
+    def merged(names, *flat):
+        out = local(*flat)
+        return combine(flat[0], out, names) if names else out
+
+    if any(entry is not None for entry in sharding.spec):
+        return _by_type(merged, plan, sharding)
+    return _by_compiler(merged, local, plan)
+
+
+def _by_type(merged: Callable, plan: Plan, sharding) -> Callable:
+    """Over an explicit mesh: x's type says how it is split."""
+
+    def run(*flat):
+        given = [_spec(plan, sharding.spec, flat[0].shape, value.shape) for value in flat]
+        return jax.shard_map(
+            partial(merged, _row_names(plan, sharding.spec)),
+            mesh=sharding.mesh,
+            in_specs=tuple(given),
+            out_specs=_vector_spec(plan, sharding.spec),
+            check_vma=False,
+        )(*(jax.reshard(value, spec) for value, spec in zip(flat, given, strict=True)))
+
+    return run
+
+
+def _by_compiler(merged: Callable, local: Callable, plan: Plan) -> Callable:
+    """Over an automatic mesh: the compiler decides how x is split, and asks."""
+
+    def partition(mesh, operands, results):
+        x = operands[0]
+        # a device's part of an uneven axis is padded, and padding must not be counted: gather that axis instead
+        spec = tuple(
+            s if n % _ways(mesh, s) == 0 else None
+            for s, n in zip(_full(x.sharding.spec, len(x.shape)), x.shape, strict=True)
+        )
+        given = tuple(NamedSharding(mesh, _spec(plan, spec, x.shape, o.shape)) for o in operands)
+        found = [NamedSharding(mesh, _vector_spec(plan, spec)) for _ in results]
+        return mesh, partial(merged, _row_names(plan, spec)), found, given
+
+    def rule(_, operands, results):
+        """Operands and results in einsum-like notation, by which shardings propagate."""
+        shape = operands[0].shape
+        factors = [f"d{a}" for a in range(len(shape))]
+        vector = [*factors[: plan.batch], factors[plan.channel]]
+
+        def factors_of(index, own):
+            alike = factors if len(own) == len(shape) else vector
+            return " ".join(f if n == shape[int(f[1:])] else f"o{index}{f}" for f, n in zip(alike, own, strict=True))
+
+        left = ", ".join(factors_of(i, o.shape) for i, o in enumerate(operands))
+        right = ", ".join(" ".join(vector) for _ in results)
+        return f"{left} -> {right}", {"reduction_factors": tuple(factors[a] for a in rows(plan, len(shape)))}
+
+    op = custom_partitioning(lambda *flat: local(*flat))
+    op.def_partition(partition, sharding_rule=rule)
+    return op
+
+
+def _row_names(plan: Plan, spec) -> tuple[str, ...]:
+    return tuple(name for a in rows(plan, len(spec)) for name in _names(spec[a]))
+
+
+def _full(spec, ndim: int) -> tuple:
+    return (*spec, *(None,) * (ndim - len(spec)))
+
+
+def _names(entry) -> tuple[str, ...]:
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+
+
+def _ways(mesh, entry) -> int:
+    return math.prod(mesh.shape[name] for name in _names(entry))
+
+
+def _vector_spec(plan: Plan, spec) -> P:
+    return P(*spec[: plan.batch], spec[plan.channel])
+
+
+def _spec(plan: Plan, spec, shape, own) -> P:
+    alike = spec if len(own) == len(shape) else _vector_spec(plan, spec)
+    full = shape if len(own) == len(shape) else (*shape[: plan.batch], shape[plan.channel])
+    return P(*(s if have == want else None for s, have, want in zip(alike, own, full, strict=True)))
