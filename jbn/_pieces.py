@@ -1,5 +1,6 @@
 """The pieces of the op as primitives: moments, apply, the tangent map, and the two halves of its transpose."""
 
+import jax
 from jax.interpreters import ad
 
 from jbn import _xla
@@ -41,10 +42,17 @@ def _tangent_transpose(cotangents, *flat, tree, plan):
             sums = add_across(tuple(sums), plan.sync)
             dx, *rest = gradient_input(plan, x, coef, residual, mask, dy, sums)
             dresidual = rest[0] if rest else None
-    found = [value if want else None for value, want in zip((dx, dscale, dbias, dresidual), wanted, strict=True)]
+    found = zip((dx, dscale, dbias, dresidual), moved, wanted, strict=True)
+    linear = [_typed(value, m) if want else None for value, m, want in found if m is not None]
     # one entry per operand: None for those the map is not linear in
-    linear = [f for f, m in zip(found, moved, strict=True) if m is not None]
     return [None] * (len(flat) - len(linear)) + linear
+
+
+def _typed(cotangent, operand):
+    """The cotangent sharded as its operand's type says; over an explicit mesh a replicated scale needs that."""
+    if cotangent is None or jax.typeof(cotangent).sharding.spec == operand.aval.sharding.spec:
+        return cotangent
+    return jax.reshard(cotangent, operand.aval.sharding)
 
 
 ad.primitive_transposes[_tangent_p] = _tangent_transpose

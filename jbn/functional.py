@@ -209,8 +209,9 @@ def _moved(state: BNState, seen: Moments, momentum, unbiased: bool) -> BNState:
 
     def move(old, new):
         weight = momentum if isinstance(momentum, float | int) else jnp.asarray(momentum).astype(new.dtype)
-        kept = jnp.asarray(old)
-        mixed = weight * kept.astype(new.dtype) + (1 - weight) * new
-        return lax.stop_gradient(jnp.where(seen.count > 0, mixed.astype(kept.dtype), kept))
+        keep, take = (jnp.where(seen.count > 0, w, otherwise) for w, otherwise in ((weight, 1), (1 - weight, 0)))
+        old = jnp.asarray(old)
+        mixed = keep.astype(new.dtype) * old.astype(new.dtype) + take.astype(new.dtype) * new
+        return lax.stop_gradient(mixed.astype(old.dtype))
 
     return BNState(move(state.mean, seen.mean), move(state.var, seen.variance(unbiased)))
