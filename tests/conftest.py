@@ -1,0 +1,24 @@
+"""Eight CPU devices, set before jax is imported; JBN_TEST_GPU=1 leaves the platform to jax."""
+
+import os
+
+if not os.environ.get("JBN_TEST_GPU"):
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax
+import pytest
+
+
+@pytest.fixture(scope="module")
+def strict():
+    """Dtypes and ranks that jax would promote in silence raise; for files that test our own code."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def devices():
+    if jax.device_count() < 8:
+        pytest.skip("needs 8 devices")
+    return jax.devices()[:8]
