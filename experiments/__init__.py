@@ -1,0 +1,1 @@
+"""One question per file; `python -m experiments list` shows them. Run from the checkout, never installed."""

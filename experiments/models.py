@@ -1,0 +1,171 @@
+"""Networks whose norm is a constructor argument: a small CNN for digits, and ImageNet's ResNet-50.
+
+Each takes Flax's BatchNorm as well as ours: what is imported as BatchNorm is all that changes.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import nnx
+from jax import Array
+
+from jbn.linen import BatchNorm
+from jbn.nnx import BatchNorm as NnxBatchNorm
+
+MOMENTUM, EPSILON = 0.9, 1e-5
+
+
+def patches_convolution(x: Array, kernel: Array, strides: Sequence[int], padding: Any, **_: Any) -> Array:
+    """A 2-D convolution (NHWC, HWIO) as the product of patches with the kernel.
+
+    Under `vmap` over networks a convolution becomes a grouped one, which XLA runs on a CPU five times slower
+    than this batched matrix product.
+    """
+    height, width, inputs, outputs = kernel.shape
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    rows, columns = ((n - k) // s + 1 for n, k, s in zip(x.shape[1:3], (height, width), strides, strict=True))
+    patches = [x[:, i :: strides[0], j :: strides[1]][:, :rows, :columns] for i in range(height) for j in range(width)]
+    return jnp.concatenate(patches, -1) @ kernel.reshape(height * width * inputs, outputs)
+
+
+class DigitsCNN(nn.Module):
+    """3×3 convolutions of stride 2, each followed by `norm` (None: by nothing) and relu; then 10 logits.
+
+    28×28 → 14×14 → 7×7 → 4×4 → 2×2 pixels. `x`: (n, 28, 28, 1); returns (n, 10) float32.
+    """
+
+    norm: Callable[..., Any] | None = BatchNorm
+    features: Sequence[int] = (8, 16, 16, 32)
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        for features in self.features:
+            x = nn.Conv(
+                features,
+                (3, 3),
+                strides=2,
+                padding=1,
+                use_bias=self.norm is None,  # a norm's own bias takes its place
+                conv_general_dilated=patches_convolution,
+            )(x)
+            if self.norm is not None:
+                x = self.norm(use_running_average=not train, momentum=MOMENTUM, epsilon=EPSILON)(x)
+            x = nn.relu(x)
+        return nn.Dense(10)(x.reshape(x.shape[0], -1))
+
+
+STAGES = ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2))  # features, blocks, stride of the first block
+POOL: Any = {"window_shape": (3, 3), "strides": (2, 2), "padding": ((1, 1), (1, 1))}
+EXPANSION = 4  # of a bottleneck's output over its width
+KERNEL_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015b, eq. 14
+
+
+def bottlenecks() -> list[tuple[int, int]]:
+    """(features, stride) of ResNet-50's 16 blocks, in order."""
+    return [(features, stride if block == 0 else 1) for features, blocks, stride in STAGES for block in range(blocks)]
+
+
+class Bottleneck(nn.Module):
+    """1×1, 3×3 (which strides: "v1.5"), 1×1, around a shortcut that is projected where shapes change."""
+
+    features: int
+    stride: int
+    norm: Callable[..., Any]
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype, kernel_init=KERNEL_INIT)
+        strides = (self.stride, self.stride)
+        y = nn.relu(self.norm()(conv(self.features, (1, 1))(x)))
+        y = nn.relu(self.norm()(conv(self.features, (3, 3), strides, padding=1)(y)))
+        # a block begins as the identity: Goyal et al. 2017, section 5.1
+        y = self.norm(scale_init=nn.initializers.zeros)(conv(EXPANSION * self.features, (1, 1))(y))
+        if x.shape != y.shape:
+            x = conv(EXPANSION * self.features, (1, 1), strides, name="conv_shortcut")(x)
+            x = self.norm(name="norm_shortcut")(x)
+        return nn.relu(x + y)
+
+
+class ResNet50(nn.Module):
+    """ResNet-50 v1.5 (He et al. 2015, table 1; stride in the 3×3), 25,557,032 parameters for 1,000 classes.
+
+    `x`: (n, h, w, 3) images, channels last; returns (n, num_classes) logits. `norm` is built as
+    `norm(use_running_average=…, momentum=0.9, epsilon=1e-5, dtype=dtype)`.
+    """
+
+    num_classes: int = 1000
+    norm: Callable[..., Any] = BatchNorm
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = True) -> Array:
+        norm = functools.partial(
+            self.norm, use_running_average=not train, momentum=MOMENTUM, epsilon=EPSILON, dtype=self.dtype
+        )
+        x = nn.Conv(64, (7, 7), (2, 2), padding=3, use_bias=False, dtype=self.dtype, kernel_init=KERNEL_INIT)(x)
+        x = nn.relu(norm()(x))
+        x = nn.max_pool(x, **POOL)
+        for features, stride in bottlenecks():
+            x = Bottleneck(features, stride, norm, self.dtype)(x)
+        return nn.Dense(self.num_classes, dtype=self.dtype)(x.mean((1, 2)))
+
+
+class NnxBottleneck(nnx.Module):
+    """`Bottleneck` for flax.nnx."""
+
+    def __init__(self, inputs: int, features: int, stride: int, norm: Callable[..., Any], dtype: Any, rngs: nnx.Rngs):
+        conv = functools.partial(nnx.Conv, use_bias=False, dtype=dtype, kernel_init=KERNEL_INIT, rngs=rngs)
+        outputs, strides = EXPANSION * features, (stride, stride)
+        self.conv1, self.norm1 = conv(inputs, features, (1, 1)), norm(features)
+        self.conv2, self.norm2 = conv(features, features, (3, 3), strides, padding=1), norm(features)
+        self.conv3 = conv(features, outputs, (1, 1))
+        self.norm3 = norm(outputs, scale_init=nnx.initializers.zeros)
+        self.projects = inputs != outputs or stride != 1
+        if self.projects:
+            self.conv_shortcut, self.norm_shortcut = conv(inputs, outputs, (1, 1), strides), norm(outputs)
+
+    def __call__(self, x: Array) -> Array:
+        y = nnx.relu(self.norm1(self.conv1(x)))
+        y = nnx.relu(self.norm2(self.conv2(y)))
+        y = self.norm3(self.conv3(y))
+        if self.projects:
+            x = self.norm_shortcut(self.conv_shortcut(x))
+        return nnx.relu(x + y)
+
+
+class NnxResNet50(nnx.Module):
+    """`ResNet50` for flax.nnx; `norm` is built as `norm(features, momentum=…, epsilon=…, dtype=…, rngs=…)`.
+
+    Training or inference is chosen with `model.train()` and `model.eval()`.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        norm: Callable[..., Any] = NnxBatchNorm,
+        dtype: Any = None,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        norm = functools.partial(norm, momentum=MOMENTUM, epsilon=EPSILON, dtype=dtype, rngs=rngs)
+        self.conv = nnx.Conv(
+            3, 64, (7, 7), (2, 2), padding=3, use_bias=False, dtype=dtype, kernel_init=KERNEL_INIT, rngs=rngs
+        )
+        self.norm = norm(64)
+        blocks, inputs = [], 64
+        for features, stride in bottlenecks():
+            blocks.append(NnxBottleneck(inputs, features, stride, norm, dtype, rngs))
+            inputs = EXPANSION * features
+        self.blocks = nnx.List(blocks)
+        self.dense = nnx.Linear(inputs, num_classes, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        x = nnx.relu(self.norm(self.conv(x)))
+        x = nnx.max_pool(x, **POOL)
+        for block in self.blocks:
+            x = block(x)
+        return self.dense(x.mean((1, 2)))

