@@ -126,11 +126,6 @@ def check_features(num_features) -> int:
 def check_implementation(implementation) -> None:
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation is {implementation!r}, expected None, 'xla' or 'triton'")
-    if implementation == "triton":
-        raise NotImplementedError(
-            "implementation='triton' is not available in this version of jbn, whose kernels are not there yet: use "
-            "implementation='xla', or None, which works on every device"
-        )
 
 
 def check_between(name: str, value, low: float, high: float):

@@ -1,6 +1,6 @@
-"""How a piece that reduces over rows is split over the devices of a `jit`: local rows first, then one collective.
+"""How a piece is split over the devices of a `jit`: each does its own rows, and sums of them meet in one collective.
 
-Elementwise pieces need nothing of the kind, XLA splits them without communication.
+Elementwise pieces of plain jax.numpy need nothing of the kind, XLA splits them by itself; kernels do.
 """
 
 import math
@@ -15,39 +15,41 @@ from jax.sharding import PartitionSpec as P
 from jbn._plan import Plan, rows
 
 
-def split_rows(local: Callable, combine: Callable, plan: Plan, sharding) -> Callable:
-    """A function of flat operands that computes `local` on each device's rows and merges by `combine(x, out, names)`.
+def split(local: Callable, combine: Callable | None, plan: Plan, sharding) -> Callable:
+    """A function of flat operands that computes `local` on each device, merged by `combine(x, out, names)`, if any.
 
-    The first operand is x, of which `sharding` is the type's; the others have its rank (1 where a mask is the same
-    all along), or are vectors `(*batch, C)`, as all outputs are. On one device it is `local` itself.
+    The first operand is x, of which `sharding` is the type's. Operands and outputs have its rank (1 where a mask is the
+    same all along), or are vectors `(*batch, C)`. On one device it is `local` itself.
     """
 
     def merged(names, *flat):
         out = local(*flat)
-        return combine(flat[0], out, names) if names else out
+        return combine(flat[0], out, names) if combine and names else out
 
     if any(entry is not None for entry in sharding.spec):
-        return _by_type(merged, plan, sharding)
-    return _by_compiler(merged, local, plan)
+        return _by_type(merged, local, plan, sharding)
+    return _by_compiler(merged, local, plan, reduces=combine is not None)
 
 
-def _by_type(merged: Callable, plan: Plan, sharding) -> Callable:
+def _by_type(merged: Callable, local: Callable, plan: Plan, sharding) -> Callable:
     """Over an explicit mesh: x's type says how it is split."""
 
     def run(*flat):
-        given = [_spec(plan, sharding.spec, flat[0].shape, value.shape) for value in flat]
+        shape = flat[0].shape
+        found = [_spec(plan, sharding.spec, shape, o.shape) for o in jax.eval_shape(local, *flat)]
+        given = [_spec(plan, sharding.spec, shape, value.shape) for value in flat]
         return jax.shard_map(
             partial(merged, _row_names(plan, sharding.spec)),
             mesh=sharding.mesh,
             in_specs=tuple(given),
-            out_specs=_vector_spec(plan, sharding.spec),
+            out_specs=found,
             check_vma=False,
         )(*(jax.reshard(value, spec) for value, spec in zip(flat, given, strict=True)))
 
     return run
 
 
-def _by_compiler(merged: Callable, local: Callable, plan: Plan) -> Callable:
+def _by_compiler(merged: Callable, local: Callable, plan: Plan, reduces: bool) -> Callable:
     """Over an automatic mesh: the compiler decides how x is split, and asks."""
 
     def partition(mesh, operands, results):
@@ -58,7 +60,7 @@ def _by_compiler(merged: Callable, local: Callable, plan: Plan) -> Callable:
             for s, n in zip(_full(x.sharding.spec, len(x.shape)), x.shape, strict=True)
         )
         given = tuple(NamedSharding(mesh, _spec(plan, spec, x.shape, o.shape)) for o in operands)
-        found = [NamedSharding(mesh, _vector_spec(plan, spec)) for _ in results]
+        found = [NamedSharding(mesh, _spec(plan, spec, x.shape, r.shape)) for r in results]
         return mesh, partial(merged, _row_names(plan, spec)), found, given
 
     def rule(_, operands, results):
@@ -72,7 +74,9 @@ def _by_compiler(merged: Callable, local: Callable, plan: Plan) -> Callable:
             return " ".join(f if n == shape[int(f[1:])] else f"o{index}{f}" for f, n in zip(alike, own, strict=True))
 
         left = ", ".join(factors_of(i, o.shape) for i, o in enumerate(operands))
-        right = ", ".join(" ".join(vector) for _ in results)
+        right = ", ".join(factors_of("r", r.shape) for r in results)
+        if not reduces:
+            return f"{left} -> {right}"
         return f"{left} -> {right}", {"reduction_factors": tuple(factors[a] for a in rows(plan, len(shape)))}
 
     op = custom_partitioning(lambda *flat: local(*flat))

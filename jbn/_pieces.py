@@ -20,10 +20,10 @@ def _add_devices(_plan: Plan, _x, out, names):
     return list(add_across(tuple(out), Sync((names,))))
 
 
-_, moments = primitive("moments", _xla.moments, _merge_devices)
-_, apply = primitive("apply", _xla.apply)
-_, gradient_sums = primitive("gradient_sums", _xla.gradient_sums, _add_devices)
-_, gradient_input = primitive("gradient_input", _xla.gradient_input)
+_, moments = primitive("moments", _xla.moments, combine=_merge_devices, kernel=True)
+_, apply = primitive("apply", _xla.apply, kernel=True)
+_, gradient_sums = primitive("gradient_sums", _xla.gradient_sums, combine=_add_devices, kernel=True)
+_, gradient_input = primitive("gradient_input", _xla.gradient_input, kernel=True)
 _tangent_p, tangent = primitive("tangent", _xla.tangent)
 
 

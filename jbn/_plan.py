@@ -20,6 +20,7 @@ class Plan(NamedTuple):
     dtype: jnp.dtype  # of y
     sync: Sync
     sharded: bool  # whether `jit` may have split x over devices, by rules of our own
+    implementation: str | None  # "triton": kernels, or an error; else plain XLA
 
     def batched(self, name) -> "Plan":
         """The plan once a vmap, of an axis called `name` or None, has put one more batch axis in front."""

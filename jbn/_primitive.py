@@ -1,6 +1,7 @@
 """A JAX primitive from a plain function: what each transformation means is derived from the function itself."""
 
 import functools
+import importlib
 from collections.abc import Callable, Sequence
 
 import jax
@@ -8,15 +9,18 @@ from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jbn._partition import split_rows
+from jbn._partition import split
 
 
-def primitive(name: str, reference: Callable, combine: Callable | None = None) -> tuple[Primitive, Callable]:
+def primitive(
+    name: str, reference: Callable, *, combine: Callable | None = None, kernel: bool = False
+) -> tuple[Primitive, Callable]:
     """Makes the primitive `jbn_<name>` whose value is `reference(plan, *operands)`.
 
     `reference` is written in jax.numpy over pytrees of arrays. It is the primitive's type rule (shapes, dtypes,
     shardings and varying axes follow from tracing it), its derivative, and its lowering. Where it reduces over rows,
-    `combine(plan, x, out, names)` merges what devices found of their own rows, over mesh axes `names`.
+    `combine(plan, x, out, names)` merges what devices found of their own rows, over mesh axes `names`. With `kernel`,
+    `jbn._triton` has a function of its name, that takes its place on CUDA where the plan asks for it.
 
     Returns:
       The primitive, and `bind(plan, *operands)`, which calls it on pytrees (None where an operand is absent) and
@@ -25,8 +29,8 @@ def primitive(name: str, reference: Callable, combine: Callable | None = None) -
     prim = Primitive(f"jbn_{name}")
     prim.multiple_results = True
 
-    def run(*flat, tree, plan):
-        return jax.tree.leaves(reference(plan, *jax.tree.unflatten(tree, flat)))
+    def run(*flat, tree, plan, function=reference):
+        return jax.tree.leaves(function(plan, *jax.tree.unflatten(tree, flat)))
 
     @functools.cache
     def compiled(tree, plan):
@@ -59,18 +63,37 @@ def primitive(name: str, reference: Callable, combine: Callable | None = None) -
         out = prim.bind(*flat, tree=tree, plan=plan.batched(axis_data.name))
         return out, [0] * len(out)
 
-    def lowering(ctx, *values, tree, plan):
-        local = functools.partial(run, tree=tree, plan=plan)
-        if combine is not None and plan.sharded:
-            local = split_rows(local, functools.partial(combine, plan), plan, ctx.avals_in[0].sharding)
+    def lowering(ctx, *values, tree, plan, function=reference):
+        local = functools.partial(run, tree=tree, plan=plan, function=function)
+        if plan.sharded and (combine or function is not reference):
+            merge = functools.partial(combine, plan) if combine else None
+            local = split(local, merge, plan, ctx.avals_in[0].sharding)
         return mlir.lower_fun(local, multiple_results=True)(ctx, *values)
+
+    def cuda_lowering(ctx, *values, tree, plan):
+        if plan.implementation != "triton":
+            return lowering(ctx, *values, tree=tree, plan=plan)
+        triton = importlib.import_module("jbn._triton")
+        triton.check(plan, *jax.tree.unflatten(tree, ctx.avals_in))
+        return lowering(ctx, *values, tree=tree, plan=plan, function=getattr(triton, name))
+
+    def other_lowering(ctx, *values, tree, plan):
+        if kernel and plan.implementation == "triton":
+            platforms = ", ".join(ctx.platforms or ctx.module_context.platforms)
+            raise NotImplementedError(
+                f"implementation='triton' needs a CUDA GPU, and this is compiled for {platforms}: use "
+                "implementation='xla', or None, which works on every device; for a GPU, pip install 'jbn[cuda12]' or "
+                "'jbn[cuda13]'"
+            )
+        return lowering(ctx, *values, tree=tree, plan=plan)
 
     prim.def_impl(impl)
     prim.def_effectful_abstract_eval(type_rule)
     ad.primitive_jvps[prim] = jvp
     batching.fancy_primitive_batchers[prim] = batching_rule
-    mlir.register_lowering(prim, lowering)
-    if combine is not None:
+    mlir.register_lowering(prim, other_lowering)
+    if kernel:
+        mlir.register_lowering(prim, cuda_lowering, platform="cuda")
         prim_requires_devices_during_lowering.add(prim)  # as custom_partitioning does, which is inside
 
     def bind(plan, *operands):

@@ -174,6 +174,7 @@ def _prepare(
         dtype=dtype,
         sync=Sync(),
         sharded=_check.splittable(),
+        implementation=implementation,
     )
     kind = compute_dtype(x.dtype)
     scale, bias = (None if v is None else jnp.asarray(v).astype(kind) for v in params)

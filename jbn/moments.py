@@ -33,7 +33,7 @@ def moments(x, *, axis: int = -1, mask=None, axis_name: str | Sequence[str] | No
     Source: Chan, Golub, LeVeque (1979), Updating formulae and a pairwise algorithm for computing sample variances.
     """
     x = check_input(x)
-    plan = Plan(check_axis(axis, x), 0, 1, True, None, compute_dtype(x.dtype), Sync(), splittable())
+    plan = Plan(check_axis(axis, x), 0, 1, True, None, compute_dtype(x.dtype), Sync(), splittable(), None)
     names, groups = check_names(axis_name, None)
     local = local_moments(plan, x, check_mask(mask, x))
     out = merge_across(local, Sync(names, groups))
