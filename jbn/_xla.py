@@ -27,7 +27,7 @@ def moments(plan: Plan, x, mask):
     if mask is None:
         size = math.prod(x.shape[a] for a in axes)
         pivot = lax.stop_gradient(_typical_row(x, axes))  # the mean does not depend on it
-        mean = pivot + _total(x - pivot, axes) / size
+        mean = pivot + _total(x - pivot, axes) / max(size, 1)
         m2 = _total(jnp.square(x - mean), axes)
         return tuple(_vector(plan, v) for v in (mean, m2))
     # what the mask is 1 along counts as often as x has entries there

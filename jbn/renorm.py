@@ -1,0 +1,108 @@
+"""Batch renormalization: training sees what inference will, for batches that are small or not independent."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+from jbn import _check
+from jbn._plan import compute_dtype
+from jbn.functional import Activation, BNParams, BNState, Implementation, bn_train
+
+
+def brn_train(
+    params: BNParams,
+    state: BNState,
+    x: ArrayLike,
+    *,
+    r_max: float | jax.Array,
+    d_max: float | jax.Array,
+    axis: int = -1,
+    momentum: float | jax.Array = 0.99,
+    epsilon: float | jax.Array = 1e-5,
+    mask: ArrayLike | None = None,
+    residual: ArrayLike | None = None,
+    activation: Activation | None = None,
+    dtype: DTypeLike | None = None,
+    virtual_batch_size: int | None = None,
+    unbiased: bool = False,
+    axis_name: str | Sequence[str] | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[jax.Array, BNState]:
+    """Normalises `x` with its own statistics, corrected towards the running state, which moves as in `bn_train`.
+
+    With σ_B = √(var_B + epsilon) of the batch and σ = √(var + epsilon) of the state given,
+
+        r = clip(σ_B / σ, 1 / r_max, r_max)         d = clip((mean_B − mean) / σ, −d_max, d_max)
+        y = activation(scale · (r · (x − mean_B) / σ_B + d) + bias + residual)
+
+    where r and d are constants for the gradient. Where neither is clipped, y is `bn_eval`'s under the state given, so
+    inference sees what training saw. With r_max=1 and d_max=0 this is `bn_train`, bit for bit: begin so, then relax
+    both (the paper reaches 3 and 5). Where the bounds are traced it is that still, but to the last rounding of a sum
+    with virtual batches, or with a residual and no bias.
+
+    Args:
+      r_max: largest correction of the scale, ≥ 1; may be traced, e.g. an optax schedule of the step.
+      d_max: largest correction of the mean in running standard deviations, ≥ 0; may be traced.
+
+    The other arguments, dtypes, results and errors are those of `bn_train`. Each virtual batch has its own r and d; a
+    channel without data has r = 1 and d = 0. Inference is `bn_eval`.
+
+    Source: Ioffe (2017), Batch Renormalization, algorithm 1 (https://arxiv.org/abs/1702.03275); the running average is
+    of the variance, where the paper's is of σ, so that one state serves both.
+    """
+    x = _check.check_input(x)
+    channel = _check.check_axis(axis, x)
+    _check.check_vectors("params", params, BNParams, x.shape[channel], x, axis)
+    _check.check_vectors("state", state, BNState, x.shape[channel], x, axis)
+    r_max = _check.check_between("r_max", r_max, 1, float("inf"))
+    d_max = _check.check_between("d_max", d_max, 0, float("inf"))
+    mask = _check.check_mask(mask, x)
+    virtual = _check.check_virtual(virtual_batch_size, x, channel)
+    kind = compute_dtype(x.dtype)
+    running = jax.tree.map(lambda v: lax.stop_gradient(jnp.asarray(v).astype(kind)), state)
+    sync = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
+    common = {"axis": axis, "epsilon": epsilon, "implementation": implementation}
+    shaping = common | {"activation": activation, "dtype": dtype}
+
+    def corrected(x, mask, **sync) -> BNParams:
+        """Parameters that make r · x̂ + d of x̂ before scale and bias."""
+        # momentum 0: the new state is the batch's statistics, by bn_train's own arithmetic, or where there are none the
+        # old state, for which r = 1 and d = 0; jit computes neither this y nor the statistics a second time
+        unused = BNParams(None, None)
+        _, batch = bn_train(unused, running, lax.stop_gradient(x), mask=mask, momentum=0.0, **common, **sync)
+        wide, high, most = (jnp.asarray(v).astype(kind) for v in (epsilon, r_max, d_max))
+        std, running_std = jnp.sqrt(batch.var + wide), jnp.sqrt(running.var + wide)
+        r = lax.stop_gradient(jnp.clip(std / running_std, 1 / high, high))
+        d = lax.stop_gradient(jnp.clip((batch.mean - running.mean) / running_std, -most, most))
+        scale, bias = (None if v is None else jnp.asarray(v).astype(kind) for v in params)
+        d = d if scale is None else scale * d
+        return BNParams(r if scale is None else scale * r, d if bias is None else bias + d)
+
+    moving = {"momentum": momentum, "unbiased": unbiased, "virtual_batch_size": virtual_batch_size}
+    identity = all(isinstance(v, float | int) for v in (r_max, d_max)) and r_max == 1 and d_max == 0
+    new_params = params if virtual or identity else corrected(x, mask, **sync)
+    y, new_state = bn_train(new_params, state, x, mask=mask, residual=residual, **shaping, **moving, **sync)
+    if virtual and not identity:  # of that y nothing is computed under jit either
+
+        def normalized(x, residual, mask):
+            return bn_train(corrected(x, mask), running, x, mask=mask, residual=residual, **shaping)[0]
+
+        y = _each(normalized, *virtual, x, residual, mask)
+    return y, new_state
+
+
+def _each(function: Callable, examples: int, size: int, x, residual, mask) -> jax.Array:
+    """The function on each run of `size` examples."""
+
+    def split(value):
+        shape = value.shape
+        return value.reshape(*shape[:examples], shape[examples] // size, size, *shape[examples + 1 :])
+
+    given = [None if v is None else jnp.asarray(v) for v in (x, residual, mask)]
+    along = [None if v is None or v.shape[examples] == 1 != x.shape[examples] else examples for v in given]
+    parts = [v if at is None else split(v) for v, at in zip(given, along, strict=True)]
+    return jax.vmap(function, in_axes=along, out_axes=examples)(*parts).reshape(x.shape)

@@ -1,0 +1,208 @@
+"""Feature scaling: statistics of a data set, seen once, become a map of every feature that can be undone.
+
+Usage:
+
+    from jbn import scaling
+
+    affine = scaling.fit("standardize", train_x)          # or an iterator of batches
+    model_input = scaling.apply(affine, test_x)
+    x = scaling.invert(affine, model_input)
+"""
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Literal, NamedTuple, TypeGuard
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from jbn._check import FLOATS, check_axis, check_input, check_mask
+from jbn._plan import compute_dtype
+from jbn._stream import merge_stream
+from jbn.moments import Moments, merge, moments
+
+Kind = Literal["standardize", "min_max", "mean_normalize"]
+KINDS = ("standardize", "min_max", "mean_normalize")
+
+
+class Affine(NamedTuple):
+    """The map y = (x − offset) / scale of each feature; `(C,)` each, in units of x.
+
+    Attributes:
+      scale: never 0.
+      offset: subtracted first, so that nothing cancels where |offset| is large.
+    """
+
+    scale: jax.Array
+    offset: jax.Array
+
+
+class _Summary(NamedTuple):
+    """What every kind needs of a part of the data; parts merge."""
+
+    moments: Moments
+    low: jax.Array  # (C,), +∞ where nothing was seen
+    high: jax.Array  # (C,), −∞ where nothing was seen
+
+
+def fit(kind: Kind, x: ArrayLike | Iterable, *, axis: int = -1, mask: ArrayLike | None = None) -> Affine:
+    """The map that scales each feature of the data seen.
+
+    | kind               | y                                                 | range          |
+    |--------------------|---------------------------------------------------|----------------|
+    | `"standardize"`    | (x − mean) / √var, with var = Σ(x − mean)² / n    | mean 0, std 1  |
+    | `"min_max"`        | (x − min) / (max − min)                           | 0 to 1         |
+    | `"mean_normalize"` | (x − mean) / (max − min)                          | within ±1      |
+
+    A constant feature has scale 1, so it becomes 0. A feature without any value (all masked) has scale 1 and offset
+    0, so it stays as it is. A NaN that no mask hides makes its feature's offset NaN.
+
+    Args:
+      kind: one of the above.
+      x: an array of floats (float16, bfloat16, float32, float64) of any rank ≥ 1, C features along `axis`, all other
+        axes being samples; or an iterable of such arrays, or of pairs `(array, mask)`, which is gone through once.
+        Sharded arrays are reduced where they lie. A nested list of numbers is not an array: `jnp.asarray` makes it one.
+      axis: position of the features.
+      mask: bool, of x's rank and broadcastable to it; False marks a missing value. For one array only: each batch
+        of an iterable brings its own.
+
+    Returns:
+      `Affine`, float32 (float64 for float64 data). Batches of any size give what the whole array gives, to rounding
+      that grows with the logarithm of their number. Under `jit` x may be a list of batches.
+
+    Raises:
+      TypeError, ValueError: for an argument out of contract or an iterable without batches, naming it.
+
+    Source: for the merging of batches, Chan, Golub, LeVeque (1979), Updating formulae and a pairwise algorithm for
+    computing sample variances.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
+    if _is_array(x):
+        return _affine(kind, _summary(x, axis, mask))
+    if not isinstance(x, Iterable):
+        raise TypeError(f"x is a {type(x).__name__}, expected an array or an iterable of arrays")
+    if mask is not None:
+        raise ValueError(
+            "mask came with an iterable of batches, expected None: let it yield pairs (batch, mask) instead"
+        )
+    total = merge_stream(_summaries(x, axis), _merged)
+    if total is None:
+        raise ValueError("x yielded no batch: give at least one (a generator that was used up yields none)")
+    return _affine(kind, total)
+
+
+def apply(affine: Affine, x: ArrayLike, *, axis: int = -1) -> jax.Array:
+    """y = (x − offset) / scale along `axis`; of x's shape and dtype, computed in float32 (float64 for float64)."""
+    return _mapped(affine, x, axis, lambda x, scale, offset: (x - offset) / scale)
+
+
+def invert(affine: Affine, y: ArrayLike, *, axis: int = -1) -> jax.Array:
+    """x = y · scale + offset along `axis`: undoes `apply` to rounding, constant features too; y's shape and dtype."""
+    return _mapped(affine, y, axis, lambda y, scale, offset: y * scale + offset)
+
+
+def unit_length(x: ArrayLike, *, axis: int = -1) -> jax.Array:
+    """x / √Σx², the sum taken along `axis`: each sample's features as a vector of Euclidean length 1.
+
+    Args:
+      x: floats of any rank ≥ 1, a sample's features along `axis`.
+      axis: position of the features.
+
+    Returns:
+      Array of x's shape and dtype, computed in float32 (float64 for float64) without overflow or underflow of the
+      squares. A sample of zeros stays zeros; there the gradient is finite and arbitrary.
+
+    Raises:
+      TypeError, ValueError: for an argument out of contract, naming it.
+    """
+    x = check_input(x)
+    axis = check_axis(axis, x)
+    wide = x.astype(compute_dtype(x.dtype))
+    # A power of two common to the sample keeps the squares in range, and cancels out of value and gradient alike.
+    step = 2.0 ** (jnp.finfo(wide.dtype).maxexp * 5 // 8)
+    largest = jnp.max(jnp.abs(wide), axis, keepdims=True, initial=0)
+    wide *= lax.stop_gradient(jnp.where(largest > step**0.5, 1 / step, jnp.where(largest < step**-0.5, step, 1.0)))
+    squares = jnp.sum(jnp.square(wide), axis, keepdims=True)
+    return (wide * lax.rsqrt(jnp.where(squares > 0, squares, 1))).astype(x.dtype)
+
+
+def _is_array(x) -> TypeGuard[jax.Array]:
+    return hasattr(x, "dtype") and hasattr(x, "shape")
+
+
+def _summaries(batches, axis):
+    features = None
+    for number, batch in enumerate(batches):
+        x, mask = batch if isinstance(batch, tuple) and len(batch) == 2 else (batch, None)
+        if not _is_array(x):
+            raise TypeError(
+                f"x yielded a {type(x).__name__} as batch {number}, expected an array or a pair (array, mask): "
+                "convert it, e.g. with jnp.asarray"
+            )
+        part = _summary(x, axis, mask)
+        features = part.low.size if features is None else features
+        if part.low.size != features:
+            raise ValueError(
+                f"batch {number} of x has shape {x.shape}, with {part.low.size} features along axis={axis}, "
+                f"expected {features} as in the first batch"
+            )
+        yield part
+
+
+def _summary(x, axis, mask) -> _Summary:
+    x = check_input(x)
+    return _summarize(x, check_mask(mask, x), check_axis(axis, x))
+
+
+@partial(jax.jit, static_argnums=2)
+def _summarize(x, mask, axis) -> _Summary:
+    seen = moments(x, axis=axis, mask=mask)
+    seen = seen._replace(count=jnp.broadcast_to(seen.count, seen.mean.shape))
+    rows = tuple(a for a in range(x.ndim) if a != axis)
+    wide = x.astype(seen.mean.dtype)
+    return _Summary(
+        seen,
+        jnp.min(wide, rows, initial=jnp.inf, where=mask),
+        jnp.max(wide, rows, initial=-jnp.inf, where=mask),
+    )
+
+
+@jax.jit
+def _merged(a: _Summary, b: _Summary) -> _Summary:
+    return _Summary(merge(a.moments, b.moments), jnp.minimum(a.low, b.low), jnp.maximum(a.high, b.high))
+
+
+def _affine(kind: Kind, seen: _Summary) -> Affine:
+    count, mean, _ = seen.moments
+    if kind == "standardize":
+        var = seen.moments.variance()
+        scale = jnp.sqrt(jnp.where(var > 0, var, 1))
+    else:
+        varies = seen.high > seen.low
+        scale = jnp.where(varies, jnp.where(varies, seen.high, 1) - jnp.where(varies, seen.low, 0), 1)
+    offset = jnp.where(count > 0, seen.low, 0) if kind == "min_max" else mean
+    return Affine(scale, offset)
+
+
+def _mapped(affine, x, axis, function) -> jax.Array:
+    x = check_input(x)
+    axis = check_axis(axis, x)
+    if not isinstance(affine, Affine):
+        raise TypeError(f"affine is a {type(affine).__name__}, expected jbn.scaling.Affine, as fit returns it")
+    rows = tuple(a for a in range(x.ndim) if a != axis)
+    vectors = []
+    for name, vector in zip(affine._fields, affine, strict=True):
+        vector = jnp.asarray(vector)
+        if (kind := vector.dtype.name) not in FLOATS:
+            raise TypeError(f"affine.{name} has dtype {kind}, expected one of {', '.join(FLOATS)}: cast it")
+        if vector.shape != (x.shape[axis],):
+            raise ValueError(
+                f"affine.{name} has shape {vector.shape}, expected ({x.shape[axis]},) for x of shape {x.shape} with "
+                f"axis={axis}: give the axis of the features"
+            )
+        vectors.append(vector)
+    wide = jnp.float64 if "float64" in (x.dtype.name, *(v.dtype.name for v in vectors)) else jnp.float32
+    return function(x.astype(wide), *(lax.expand_dims(v.astype(wide), rows) for v in vectors)).astype(x.dtype)
