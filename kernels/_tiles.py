@@ -1,0 +1,115 @@
+"""What the kernels share: which tile a program has, where its elements lie, and what is loaded along with them.
+
+x is `(B, N, C, S)`, row-major; a channel has M = N·S rows. With S = 1 a tile is rows × channels, else channels × rows,
+so that its last axis runs along memory. C comes as `units` of UNIT channels, by which the compiler knows what divides
+it. Of a kernel's constants, S is the view's, ROWS and CHANNELS are the tile's, WIDE asks for 64-bit offsets.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def program(pid, splits, C, CHANNELS: tl.constexpr):
+    """(batch, split, block of channels) of a program; neighbours read neighbouring channels."""
+    blocks = tl.cdiv(C, CHANNELS)
+    batch = pid // (splits * blocks)
+    rest = pid - batch * (splits * blocks)
+    return batch.to(tl.int64), rest // blocks, rest % blocks
+
+
+@triton.jit
+def rows_of(tile, ROWS: tl.constexpr, WIDE: tl.constexpr):
+    """Indices of a tile's rows, (ROWS,)."""
+    if WIDE:
+        tile = tile.to(tl.int64)
+    return tile * ROWS + tl.arange(0, ROWS)
+
+
+@triton.jit
+def channels_of(block, CHANNELS: tl.constexpr):
+    """Indices of a block's channels, (CHANNELS,)."""
+    return block * CHANNELS + tl.arange(0, CHANNELS)
+
+
+@triton.jit
+def along_rows(values, S: tl.constexpr):
+    """(ROWS,) as a tile that is 1 along the channels."""
+    if S == 1:
+        return values[:, None]
+    else:
+        return values[None, :]
+
+
+@triton.jit
+def along_channels(values, S: tl.constexpr):
+    """(CHANNELS,) as a tile that is 1 along the rows."""
+    if S == 1:
+        return values[None, :]
+    else:
+        return values[:, None]
+
+
+@triton.jit
+def offsets_of(row, channel, C, S: tl.constexpr, WIDE: tl.constexpr):
+    """Where a tile's elements lie within their batch."""
+    if WIDE:
+        channel = channel.to(tl.int64)
+    if S == 1:
+        return row[:, None] * C + channel[None, :]
+    else:
+        return (row // S * (C * S) + row % S)[None, :] + (channel * S)[:, None]
+
+
+@triton.jit
+def load_seen(
+    mask_ptr, row, in_rows, offset, inside, mask_divisor, mask_period, S: tl.constexpr, MASK: tl.constexpr
+):  # fmt: skip
+    """A tile of the mask, False outside: of x's shape ("full"), or one value a row ("rows"), broadcast over the rows.
+
+    Row r of the latter is at (r // mask_divisor) % mask_period.
+    """
+    if MASK == "full":
+        return tl.load(mask_ptr + offset, mask=inside, other=0) != 0
+    else:
+        tl.static_assert(MASK == "rows")
+        index = (row // mask_divisor) % mask_period
+        return along_rows(tl.load(mask_ptr + index, mask=in_rows, other=0) != 0, S)
+
+
+@triton.jit
+def load_rstd(spread_ptr, epsilon_ptr, count, batch, C, channel):
+    """1/std of a block's channels, (CHANNELS,)."""
+    spread = tl.load(spread_ptr + batch * C + channel, mask=channel < C, other=0.0)
+    return tl.rsqrt(spread / count + tl.load(epsilon_ptr + batch))
+
+
+@triton.jit
+def load_map(
+    mean_ptr, spread_ptr, epsilon_ptr, scale_ptr, bias_ptr, count, batch, C, channel,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """mean, 1/std, scale/std and bias of a block's channels, (CHANNELS,) each; a bias that is absent is 0."""
+    at = batch * C + channel
+    inside = channel < C
+    mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
+    rstd = load_rstd(spread_ptr, epsilon_ptr, count, batch, C, channel)
+    slope = rstd
+    if HAS_SCALE:
+        slope = rstd * tl.load(scale_ptr + at, mask=inside, other=0.0)
+    bias = tl.zeros_like(mean)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + at, mask=inside, other=0.0)
+    return mean, rstd, slope, bias
+
+
+@triton.jit
+def is_finite(values):
+    return tl.abs(values) < float("inf")
+
+
+@triton.jit
+def arrived_last(arrivals_ptr, index, splits):
+    """Whether this program is the last of `splits` to get here; the others' stores before it can be read then."""
+    tl.debug_barrier()  # every thread's stores come before the one thread's release
+    return tl.atomic_add(arrivals_ptr + index, 1, sem="acq_rel", scope="gpu") == splits - 1

@@ -1,0 +1,56 @@
+"""Second launch of the forward pass, and the only one of inference: the affine map and what follows it."""
+
+import triton
+import triton.language as tl
+
+from jbn.kernels._tiles import along_channels, along_rows, channels_of, load_map, offsets_of, program, rows_of
+from jbn.kernels.activations import activate
+
+
+@triton.jit
+def jbn_apply(
+    x_ptr,  # (B, N, C, S)
+    mean_ptr,  # float32, (B, C)
+    spread_ptr,  # float32, (B, C)
+    epsilon_ptr,  # float32, (B,)
+    scale_ptr,  # float32, (B, C); unread where not HAS_SCALE
+    bias_ptr,  # float32, (B, C); unread where not HAS_BIAS
+    residual_ptr,  # (B, N, C, S); unread where not HAS_RESIDUAL
+    count,  # float32
+    outer,  # N
+    units,  # C // UNIT
+    splits,
+    y_ptr,  # (B, N, C, S)
+    S: tl.constexpr,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """y = activation(scale · (x − mean) / √(spread / count + epsilon) + bias + residual).
+
+    Tiles go in the reverse order of the first launch's, so what that read last, still in L2, is read first.
+    """
+    C = units * UNIT
+    rows = outer * S
+    batch, split, block = program(tl.num_programs(0) - 1 - tl.program_id(0), splits, C, CHANNELS)
+    channel = channels_of(block, CHANNELS)
+    start = batch * rows * C
+    mean, _, slope, bias = load_map(
+        mean_ptr, spread_ptr, epsilon_ptr, scale_ptr, bias_ptr, count, batch, C, channel, HAS_SCALE, HAS_BIAS
+    )
+    steps = tl.cdiv(tl.cdiv(rows, ROWS) - split, splits).to(tl.int32)
+    for step in range(steps):
+        row = rows_of(split + (steps - 1 - step) * splits, ROWS, WIDE)
+        offset = offsets_of(row, channel, C, S, WIDE)
+        inside = along_rows(row < rows, S) & along_channels(channel < C, S)
+        x = tl.load(x_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
+        z = (x - along_channels(mean, S)) * along_channels(slope, S) + along_channels(bias, S)
+        if HAS_RESIDUAL:
+            z += tl.load(residual_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
+        y = activate(z, ACTIVATION)
+        tl.store(y_ptr + start + offset, y.to(y_ptr.dtype.element_ty), mask=inside, eviction_policy="evict_first")

@@ -1,0 +1,233 @@
+"""The two launches of the backward pass: Σz̄ and Σz̄x̂, then x̄, where z̄ = activation'(z) · ȳ."""
+
+import triton
+import triton.language as tl
+
+from jbn.kernels._tiles import (
+    along_channels,
+    along_rows,
+    arrived_last,
+    channels_of,
+    is_finite,
+    load_map,
+    load_rstd,
+    load_seen,
+    offsets_of,
+    program,
+    rows_of,
+)
+from jbn.kernels.activations import slope as slope_of
+
+
+@triton.jit
+def load_centred(x_ptr, offset, inside, mean, seen, MASKED: tl.constexpr):
+    """x − mean; 0 where a masked x is not finite."""
+    x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    if MASKED:
+        return tl.where(seen | is_finite(x), x - mean, 0.0)
+    else:
+        return x - mean
+
+
+@triton.jit
+def through_activation(
+    dz, centred, slope, bias, residual_ptr, offset, inside, seen,
+    HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """activation'(z) · dz, with z recomputed."""
+    z = centred * slope + bias
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+        if MASKED:
+            residual = tl.where(seen | is_finite(residual), residual, 0.0)
+        z += residual
+    return dz * slope_of(z, ACTIVATION)
+
+
+@triton.jit
+def jbn_gradient_sums(
+    x_ptr,  # (B, N, C, S)
+    mean_ptr,  # float32, (B, C)
+    spread_ptr,  # float32, (B, C)
+    epsilon_ptr,  # float32, (B,)
+    scale_ptr,  # float32, (B, C); unread where not HAS_SCALE
+    bias_ptr,  # float32, (B, C); unread where not HAS_BIAS
+    residual_ptr,  # (B, N, C, S); unread where not HAS_RESIDUAL
+    mask_ptr,  # bool, (B or 1, N, C, S) or (B or 1, period); unread without MASK
+    dy_ptr,  # ȳ, (B, N, C, S)
+    count,  # float32
+    outer,  # N
+    units,  # C // UNIT
+    splits,
+    mask_divisor,
+    mask_period,  # row r's mask is at (r // divisor) % period, where MASK is "rows"
+    sum_ptr,  # float32, (B, C)
+    product_ptr,  # float32, (B, C)
+    dz_ptr,  # z̄, (B, N, C, S); unwritten where not KEEP
+    partial_ptr,  # float32 scratch, (B, splits, 2, C); unused where not SPLIT
+    arrivals_ptr,  # int32 scratch, zeros, (B, blocks of channels); unused where not SPLIT
+    S: tl.constexpr,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    UNROLL: tl.constexpr,  # tiles whose loads are in flight at once
+    SPLITS: tl.constexpr,  # programs whose results are merged at once
+    SPLIT: tl.constexpr,  # whether several programs share a block of channels
+    HAS_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    MASK: tl.constexpr,  # "none", "full" or "rows"
+    SHARED: tl.constexpr,  # whether all batches have one mask
+    KEEP: tl.constexpr,  # whether z̄ is written, for the second launch and as the residual's cotangent
+    WIDE: tl.constexpr,
+):
+    """Σ z̄ and Σ z̄ · x̂ over the rows of each channel."""
+    C = units * UNIT
+    rows = outer * S
+    batch, split, block = program(tl.program_id(0), splits, C, CHANNELS)
+    channel = channels_of(block, CHANNELS)
+    start = batch * rows * C
+    if not SHARED:
+        mask_ptr += batch * (rows * C if MASK == "full" else mask_period)
+    mean, _, slope, bias = load_map(
+        mean_ptr, spread_ptr, epsilon_ptr, scale_ptr, bias_ptr, count, batch, C, channel, HAS_SCALE, HAS_BIAS
+    )
+    AXIS: tl.constexpr = 0 if S == 1 else 1
+    total = tl.zeros([ROWS, CHANNELS] if S == 1 else [CHANNELS, ROWS], tl.float32)
+    product = tl.zeros_like(total)
+    steps = tl.cdiv(tl.cdiv(rows, ROWS) - split, splits).to(tl.int32)
+    for step in tl.range(steps, loop_unroll_factor=UNROLL):
+        row = rows_of(split + step * splits, ROWS, WIDE)
+        offset = offsets_of(row, channel, C, S, WIDE)
+        inside = along_rows(row < rows, S) & along_channels(channel < C, S)
+        seen = inside
+        if MASK != "none":
+            seen = load_seen(mask_ptr, row, row < rows, offset, inside, mask_divisor, mask_period, S, MASK)
+        dz = tl.load(dy_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
+        centred = load_centred(x_ptr + start, offset, inside, along_channels(mean, S), seen, MASK != "none")
+        if ACTIVATION != "none":
+            dz = through_activation(
+                dz, centred, along_channels(slope, S), along_channels(bias, S), residual_ptr + start, offset, inside,
+                seen, HAS_RESIDUAL, ACTIVATION, MASK != "none",
+            )  # fmt: skip
+        if KEEP:
+            kept = dz.to(dz_ptr.dtype.element_ty)
+            tl.store(dz_ptr + start + offset, kept, mask=inside)
+            dz = kept.to(tl.float32)  # what the second launch will see: its sums are these
+        total += dz
+        product += dz * centred
+    total = tl.sum(total, AXIS)
+    # loaded again, rather than kept in registers all along
+    rstd = load_rstd(spread_ptr, epsilon_ptr, count, batch, C, channel)
+    product = tl.sum(product, AXIS) * rstd
+
+    if SPLIT:
+        partial_ptr += batch * splits * (2 * C)
+        at = partial_ptr + split.to(tl.int64) * (2 * C) + channel
+        tl.store(at, total, mask=channel < C, cache_modifier=".cg")
+        tl.store(at + C, product, mask=channel < C, cache_modifier=".cg")
+        if arrived_last(arrivals_ptr, batch * tl.cdiv(C, CHANNELS) + block, splits):
+            total, product = add_programs(partial_ptr, splits, C, channel, SPLITS)
+            tl.store(sum_ptr + batch * C + channel, total, mask=channel < C)
+            tl.store(product_ptr + batch * C + channel, product, mask=channel < C)
+    else:
+        tl.store(sum_ptr + batch * C + channel, total, mask=channel < C)
+        tl.store(product_ptr + batch * C + channel, product, mask=channel < C)
+
+
+@triton.jit
+def add_programs(partial_ptr, splits, C, channel, SPLITS: tl.constexpr):
+    """The sums of what each program wrote of a block of channels; partial_ptr at their batch."""
+    total = tl.zeros([SPLITS, channel.shape[0]], tl.float32)
+    product = tl.zeros_like(total)
+    for first in tl.range(0, splits, SPLITS, loop_unroll_factor=2):
+        split = first + tl.arange(0, SPLITS)
+        there = (split < splits)[:, None] & (channel < C)[None, :]
+        at = partial_ptr + split[:, None] * (2 * C) + channel[None, :]
+        # past L1, which is not coherent with other multiprocessors
+        total += tl.load(at, mask=there, other=0.0, cache_modifier=".cg")
+        product += tl.load(at + C, mask=there, other=0.0, cache_modifier=".cg")
+    return tl.sum(total, 0), tl.sum(product, 0)
+
+
+@triton.jit
+def jbn_gradient_input(
+    x_ptr,  # (B, N, C, S); unread where neither CENTRED nor with an activation
+    mean_ptr,  # float32, (B, C)
+    spread_ptr,  # float32, (B, C)
+    epsilon_ptr,  # float32, (B,)
+    scale_ptr,  # float32, (B, C); unread where not HAS_SCALE
+    bias_ptr,  # float32, (B, C); unread where not HAS_BIAS
+    weight_ptr,  # float32, (B, C); unread where not HAS_WEIGHT
+    residual_ptr,  # (B, N, C, S); unread where not HAS_RESIDUAL
+    mask_ptr,  # bool, (B or 1, N, C, S) or (B or 1, period); unread without MASK
+    dy_ptr,  # ȳ, (B, N, C, S)
+    sum_ptr,  # Σz̄, float32, (B, C); unread where not CENTRED
+    product_ptr,  # Σz̄x̂, float32, (B, C); unread where not CENTRED
+    count,  # float32
+    outer,  # N
+    units,  # C // UNIT
+    splits,
+    mask_divisor,
+    mask_period,  # row r's mask is at (r // divisor) % period, where MASK is "rows"
+    dx_ptr,  # x̄, (B, N, C, S)
+    dz_ptr,  # z̄, (B, N, C, S); unwritten where not KEEP
+    S: tl.constexpr,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    CENTRED: tl.constexpr,  # whether the statistics are x's own
+    HAS_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,  # sums are divided by data, instead of by `count`
+    HAS_RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    MASK: tl.constexpr,  # "none", "full" or "rows"
+    SHARED: tl.constexpr,  # whether all batches have one mask
+    KEEP: tl.constexpr,  # whether z̄ is written
+    WIDE: tl.constexpr,
+):
+    """x̄ = scale · rstd · (z̄ − [mask] · (Σz̄ + x̂ · Σz̄x̂) / count), walking tiles in the reverse order of the sums."""
+    C = units * UNIT
+    rows = outer * S
+    batch, split, block = program(tl.num_programs(0) - 1 - tl.program_id(0), splits, C, CHANNELS)
+    channel = channels_of(block, CHANNELS)
+    start = batch * rows * C
+    if not SHARED:
+        mask_ptr += batch * (rows * C if MASK == "full" else mask_period)
+    mean, rstd, slope, bias = load_map(
+        mean_ptr, spread_ptr, epsilon_ptr, scale_ptr, bias_ptr, count, batch, C, channel, HAS_SCALE, HAS_BIAS
+    )
+    if CENTRED:
+        at = batch * C + channel
+        weight = 1.0 / count
+        if HAS_WEIGHT:
+            weight = tl.load(weight_ptr + at, mask=channel < C, other=0.0)
+        offset_pull = tl.load(sum_ptr + at, mask=channel < C, other=0.0) * weight
+        slope_pull = tl.load(product_ptr + at, mask=channel < C, other=0.0) * weight * rstd
+    steps = tl.cdiv(tl.cdiv(rows, ROWS) - split, splits).to(tl.int32)
+    for step in range(steps):
+        row = rows_of(split + (steps - 1 - step) * splits, ROWS, WIDE)
+        offset = offsets_of(row, channel, C, S, WIDE)
+        inside = along_rows(row < rows, S) & along_channels(channel < C, S)
+        seen = inside
+        if MASK != "none":
+            seen = load_seen(mask_ptr, row, row < rows, offset, inside, mask_divisor, mask_period, S, MASK)
+        dx = tl.load(dy_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
+        if CENTRED or ACTIVATION != "none":
+            centred = load_centred(x_ptr + start, offset, inside, along_channels(mean, S), seen, MASK != "none")
+        if ACTIVATION != "none":
+            dx = through_activation(
+                dx, centred, along_channels(slope, S), along_channels(bias, S), residual_ptr + start, offset, inside,
+                seen, HAS_RESIDUAL, ACTIVATION, MASK != "none",
+            )  # fmt: skip
+        if KEEP:
+            tl.store(dz_ptr + start + offset, dx.to(dz_ptr.dtype.element_ty), mask=inside)
+        if CENTRED:
+            pull = along_channels(offset_pull, S) + centred * along_channels(slope_pull, S)
+            if MASK != "none":
+                pull = tl.where(seen, pull, 0.0)
+            dx -= pull
+        dx *= along_channels(slope, S)
+        tl.store(dx_ptr + start + offset, dx.to(dx_ptr.dtype.element_ty), mask=inside, eviction_policy="evict_first")

@@ -1,0 +1,182 @@
+"""What to launch for each piece of the op: kernel, programs, numbers, outputs, constants; whoever has arrays runs it.
+
+A kernel's arguments are the arrays in the order each function here gives, then `numbers`, then `outputs`. An array that
+the options say is absent is never read: any other stands in for it.
+"""
+
+from typing import Any, NamedTuple
+
+from jbn.kernels.apply import jbn_apply
+from jbn.kernels.gradients import jbn_gradient_input, jbn_gradient_sums
+from jbn.kernels.moments import jbn_moments
+from jbn.kernels.tiling import Tiling, View, alignment, choose, needs_wide_offsets
+
+
+class Output(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: str
+    zeroed: bool = False  # must hold zeros when the kernel starts
+
+
+class Launch(NamedTuple):
+    kernel: Any  # @triton.jit
+    tiling: Tiling
+    programs: int
+    resident: int  # programs that a multiprocessor is to hold at once; registers must allow it
+    numbers: tuple[int | float, ...]  # 32 or 64 bits as the value asks for; floats are float32
+    outputs: tuple[Output, ...]
+    constants: dict[str, Any]
+
+
+class Mask(NamedTuple):
+    """How a mask lies: of x's shape ("full"), or a value for each row, row r's at (r // divisor) % period ("rows")."""
+
+    kind: str
+    shared: bool = False  # by all batches
+    divisor: int = 1
+    period: int = 1
+
+
+class Problem(NamedTuple):
+    """What a piece is asked for: x, the operands beside it, and what is computed."""
+
+    view: View
+    dtype: str  # of x
+    count: float = 1  # divides the spread and, without weights, the sums
+    scale: bool = True
+    bias: bool = True
+    residual: bool = False
+    activation: str | None = None
+    mask: Mask | None = None
+    weight: bool = False  # sums are divided by data, not by the count
+    centred: bool = True  # the statistics are x's own
+
+
+ABSENT = Output((1,), "float32")
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
+
+
+def moments(problem: Problem, processors: int, tiling: Tiling | None = None) -> Launch:
+    """Arrays: x, mask. Outputs: count (with a mask), mean, m2, scratch, scratch."""
+    view, mask = problem.view, problem.mask
+    # seen in the binaries: what fits into the registers without spills
+    resident, unroll = {"none": (3, 4), "rows": (3, 1), "full": (2, 2)}[mask.kind if mask else "none"]
+    if mask is not None and view.inner > 1:
+        unroll = 1
+    tiling = tiling or _tiling(problem, processors, 2048, resident)
+    vector = Output((view.batch, view.channels), "float32")
+    outputs = (vector if mask else ABSENT, vector, vector, *_scratch(view, tiling, 3 if mask else 2))
+    numbers = (*_numbers(view, tiling), *_mask_numbers(mask))
+    constants = _constants(view, tiling) | _merging(tiling, unroll) | _masking(mask)
+    constants["RAGGED"] = view.rows % tiling.ROWS != 0
+    return Launch(jbn_moments, tiling, tiling.programs(view), resident, numbers, outputs, constants)
+
+
+def apply(problem: Problem, dtype: str, processors: int, tiling: Tiling | None = None) -> Launch:
+    """Arrays: x, mean, spread, epsilon, scale, bias, residual. Output: y, of `dtype`."""
+    view = problem.view
+    resident = 3
+    tiling = tiling or _tiling(problem, processors, 4096, resident)
+    numbers = (float(problem.count), *_numbers(view, tiling))
+    constants = _constants(view, tiling) | dict(
+        HAS_SCALE=problem.scale,
+        HAS_BIAS=problem.bias,
+        HAS_RESIDUAL=problem.residual,
+        ACTIVATION=problem.activation or "none",
+    )
+    outputs = (Output(tuple(view), dtype),)
+    return Launch(jbn_apply, tiling, tiling.programs(view), resident, numbers, outputs, constants)
+
+
+def gradient_sums(problem: Problem, kept: str | None, processors: int, tiling: Tiling | None = None) -> Launch:
+    """Arrays: x, mean, spread, epsilon, scale, bias, residual, mask, ȳ.
+
+    Outputs: Σz̄, Σz̄x̂, z̄ (of the dtype `kept`, if any), scratch, scratch.
+    """
+    view = problem.view
+    resident = 2 if problem.activation else 3
+    unroll = 1 if problem.residual and problem.activation else 2
+    tiling = tiling or _tiling(problem, processors, 2048, resident)
+    vector = Output((view.batch, view.channels), "float32")
+    outputs = (vector, vector, Output(tuple(view), kept) if kept else ABSENT, *_scratch(view, tiling, 2))
+    numbers = (float(problem.count), *_numbers(view, tiling), *_mask_numbers(problem.mask))
+    constants = _constants(view, tiling) | _merging(tiling, unroll) | _derivative(problem) | dict(KEEP=kept is not None)
+    return Launch(jbn_gradient_sums, tiling, tiling.programs(view), resident, numbers, outputs, constants)
+
+
+def gradient_input(
+    problem: Problem, dtype: str, kept: str | None, processors: int, tiling: Tiling | None = None
+) -> Launch:
+    """Arrays: x, mean, spread, epsilon, scale, bias, weight, residual, mask, ȳ, Σz̄, Σz̄x̂.
+
+    Outputs: x̄ of `dtype`, z̄ (of the dtype `kept`, if any). With ȳ = z̄ and no activation, it needs no residual.
+    """
+    if not problem.centred and problem.activation is None:
+        problem = problem._replace(mask=None)  # x̄ = scale · rstd · ȳ
+    view = problem.view
+    resident = 2 if problem.residual and problem.activation else 3
+    tiling = tiling or _tiling(problem, processors, 2048, resident)
+    numbers = (float(problem.count), *_numbers(view, tiling), *_mask_numbers(problem.mask))
+    outputs = (Output(tuple(view), dtype), Output(tuple(view), kept) if kept else ABSENT)
+    constants = _constants(view, tiling) | _derivative(problem)
+    constants |= dict(
+        HAS_SCALE=problem.scale,
+        HAS_WEIGHT=problem.weight and problem.centred,
+        CENTRED=problem.centred,
+        KEEP=kept is not None,
+    )
+    return Launch(jbn_gradient_input, tiling, tiling.programs(view), resident, numbers, outputs, constants)
+
+
+def _tiling(problem: Problem, processors: int, elements: int, resident: int) -> Tiling:
+    return choose(problem.view, ITEMSIZE[problem.dtype], processors, elements, resident)
+
+
+def _numbers(view: View, tiling: Tiling) -> tuple[int, ...]:
+    return view.outer, view.channels // alignment(view.channels), tiling.splits
+
+
+def _mask_numbers(mask: Mask | None) -> tuple[int, ...]:
+    return (1, 1) if mask is None else (mask.divisor, mask.period)
+
+
+def _constants(view: View, tiling: Tiling) -> dict[str, Any]:
+    return dict(
+        S=view.inner,
+        UNIT=alignment(view.channels),
+        ROWS=tiling.ROWS,
+        CHANNELS=tiling.CHANNELS,
+        WIDE=needs_wide_offsets(view, tiling),
+    )
+
+
+def _merging(tiling: Tiling, unroll: int) -> dict[str, Any]:
+    """Partial results are merged 1024 at once: more would need more registers than the rest of the kernel."""
+    once = min(1024 // tiling.CHANNELS, 1 << (tiling.splits - 1).bit_length())
+    return dict(SPLIT=tiling.splits > 1, SPLITS=once, UNROLL=unroll)
+
+
+def _derivative(problem: Problem) -> dict[str, Any]:
+    """z̄ = ȳ where there is no activation: then nothing is needed to recompute z."""
+    recomputed = problem.activation is not None
+    return dict(
+        HAS_SCALE=problem.scale and recomputed,
+        HAS_BIAS=problem.bias and recomputed,
+        HAS_RESIDUAL=problem.residual and recomputed,
+        ACTIVATION=problem.activation or "none",
+        **_masking(problem.mask),
+    )
+
+
+def _masking(mask: Mask | None) -> dict[str, Any]:
+    return dict(MASK="none", SHARED=True) if mask is None else dict(MASK=mask.kind, SHARED=mask.shared)
+
+
+def _scratch(view: View, tiling: Tiling, fields: int) -> tuple[Output, Output]:
+    """What programs hand to the last of them, and how many have."""
+    if tiling.splits == 1:
+        return ABSENT, ABSENT
+    return (
+        Output((view.batch, tiling.splits, fields, view.channels), "float32"),
+        Output((view.batch, tiling.blocks(view)), "int32", zeroed=True),
+    )

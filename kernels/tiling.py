@@ -1,0 +1,89 @@
+"""How a tensor is cut into tiles and programs: a pure function of shape, dtype and device."""
+
+from typing import NamedTuple
+
+WARPS = 8  # of a program with a whole tile
+# Each program reads its channels' vectors and writes their partial results, some 11 numbers a channel over the passes
+# of x's size. Programs are few enough to keep that under 1.6 % of x.
+BYTES_PER_CHANNEL_OF_A_PROGRAM = 700
+
+
+class View(NamedTuple):
+    """x as `(batch, outer, channels, inner)`, row-major: channels last has inner = 1."""
+
+    batch: int
+    outer: int
+    channels: int
+    inner: int
+
+    @property
+    def rows(self) -> int:
+        """Values of a channel in one batch; row r is at outer r // inner, inner r % inner."""
+        return self.outer * self.inner
+
+    @property
+    def size(self) -> int:
+        return self.batch * self.rows * self.channels
+
+
+class Tiling(NamedTuple):
+    """Tiles are ROWS × CHANNELS; program (batch, split, block) walks tiles split, split + splits, … of its block."""
+
+    ROWS: int
+    CHANNELS: int
+    splits: int  # programs that share a block of channels
+    warps: int
+
+    def blocks(self, view: View) -> int:
+        """Blocks of channels."""
+        return _ceil(view.channels, self.CHANNELS)
+
+    def programs(self, view: View) -> int:
+        return view.batch * self.splits * self.blocks(view)
+
+
+def choose(view: View, itemsize: int, processors: int, elements: int, resident: int) -> Tiling:
+    """The tiling for x of `itemsize` bytes an element, with tiles of that many elements.
+
+    The device has `processors` multiprocessors, each of which holds `resident` programs at once: no program waits for
+    another to end.
+    """
+    size = view.size * itemsize
+
+    def affordable(width):
+        return min(resident * processors, size // (BYTES_PER_CHANNEL_OF_A_PROGRAM * width))
+
+    if view.inner == 1:
+        narrow, wide = 64 // itemsize, 128 // itemsize
+        full = affordable(wide) == resident * processors
+        used = view.channels / (_ceil(view.channels, wide) * wide)
+        # the last program to arrive reads splits × CHANNELS partial results: narrow tiles where few share them
+        width = wide if full and used > 0.8 and view.channels >= 4 * wide else narrow
+    else:
+        width = 4 if view.inner >= 256 else 8
+    width = min(width, _power_of_2(view.channels))
+    height = min(elements // width, _power_of_2(view.rows))
+    tiles = _ceil(view.rows, height)
+    share = max(1, affordable(width) // (view.batch * _ceil(view.channels, width)))
+    splits = _ceil(tiles, _ceil(tiles, share))  # none of which has more than one tile less than another
+    return Tiling(height, width, splits, max(1, height * width * WARPS // elements))
+
+
+def alignment(count: int) -> int:
+    """The largest power of two that divides it, up to 16."""
+    return min(count & -count, 16)
+
+
+def needs_wide_offsets(view: View, tiling: Tiling) -> bool:
+    """Whether an offset within a batch, of masked-off elements of the last tile too, passes 32 bits."""
+    rows = (_ceil(view.rows, tiling.ROWS) + tiling.splits) * tiling.ROWS + view.inner
+    return rows * (view.channels + tiling.CHANNELS) >= 2**31
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _power_of_2(n: int) -> int:
+    """The smallest power of two ≥ n."""
+    return 1 << max(n - 1, 0).bit_length()

@@ -1,0 +1,148 @@
+"""What the kernels compile to, for GPUs that need not be here: spills, accesses, registers; and how they lower."""
+
+import base64
+import re
+import zlib
+
+import numpy as np
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import jax
+import jax.numpy as jnp
+
+from jbn.kernels import launches
+from jbn.kernels.binaries import compile_launch
+from jbn.kernels.launches import Mask, Problem
+from jbn.kernels.tiling import View
+
+PROCESSORS = 132
+VIEWS = {
+    "last": View(1, 32 * 56 * 56, 256, 1),
+    "first": View(1, 32, 64, 56 * 56),
+    "unaligned": View(1, 32, 512, 7 * 7),
+}
+REGISTERS = 65536  # of a multiprocessor
+# What a launch reads, (dtype of x and the like, then vectors); see the functions of `launches`.
+VECTORS = ("float32",) * 5
+
+
+def representative(view, dtype) -> dict:
+    """Launches, with their input dtypes."""
+    plain = Problem(view, dtype, view.rows)
+    fused = plain._replace(residual=True, activation="silu")
+    full = Mask("full")
+    sums = (dtype, *VECTORS, dtype, "bool", dtype)
+    moved = (dtype, *VECTORS, "float32", dtype, "bool", dtype, "float32", "float32")
+    return {
+        "moments": (launches.moments(plain, PROCESSORS), (dtype, "bool")),
+        "moments, full mask": (launches.moments(plain._replace(mask=full), PROCESSORS), (dtype, "bool")),
+        "moments, mask of rows": (
+            launches.moments(plain._replace(mask=Mask("rows", period=view.rows)), PROCESSORS),
+            (dtype, "bool"),
+        ),
+        "apply": (launches.apply(plain, dtype, PROCESSORS), (dtype, *VECTORS, dtype)),
+        "apply, residual, silu": (launches.apply(fused, dtype, PROCESSORS), (dtype, *VECTORS, dtype)),
+        "sums": (launches.gradient_sums(plain, None, PROCESSORS), sums),
+        "sums, relu": (launches.gradient_sums(plain._replace(activation="relu"), None, PROCESSORS), sums),
+        "sums, residual, silu": (launches.gradient_sums(fused, dtype, PROCESSORS), sums),
+        "input": (launches.gradient_input(plain, dtype, None, PROCESSORS), moved),
+        "input, relu": (launches.gradient_input(plain._replace(activation="relu"), dtype, None, PROCESSORS), moved),
+        "input, mask, residual, silu": (
+            launches.gradient_input(fused._replace(mask=full, weight=True), dtype, dtype, PROCESSORS),
+            moved,
+        ),
+    }
+
+
+def rows(targets=("sm_80", "sm_90", "sm_100", "gfx942"), views=VIEWS, dtypes=("bfloat16", "float32")):
+    """Every representative launch compiled for every target: (layout, dtype, name, launch, binary), one at a time."""
+    for layout, view in views.items():
+        for dtype in dtypes:
+            for name, (launch, arrays) in representative(view, dtype).items():
+                for target in targets:
+                    yield layout, dtype, name, launch, compile_launch(launch, arrays, target)
+
+
+def check(layout, dtype, name, launch, binary):
+    where = (layout, dtype, name, binary)
+    assert binary.spilled == 0, where
+    if layout != "unaligned":
+        # per tile, x's loads and the output's stores; a mask's byte goes with two bytes of x
+        narrow = 8 if "mask" in name else 16
+        elements = launch.tiling.ROWS * launch.tiling.CHANNELS
+        accesses = elements * np.dtype(jnp.dtype(dtype)).itemsize // (launch.tiling.warps * 32 * 16)
+        assert sum(width == 16 for width in binary.loads) >= accesses, where
+        # of elements two or one byte wide there are only a mask's of rows
+        assert name == "moments, mask of rows" or min(binary.loads) >= min(4, narrow), where
+        if name.startswith(("apply", "input")):
+            assert set(binary.stores) == {16}, where
+    if binary.target.startswith("sm_"):
+        threads = 32 * launch.tiling.warps
+        # allotted in steps of 8 a thread; what the tile choice counts on
+        allotted = -(-binary.registers // 8) * 8
+        assert allotted * threads * launch.resident <= REGISTERS, where
+
+
+@pytest.mark.parametrize("layout", VIEWS)
+def test_hopper(layout):
+    dtypes = ("bfloat16",) if layout == "unaligned" else ("bfloat16", "float32")
+    for row in rows(("sm_90",), {layout: VIEWS[layout]}, dtypes):
+        check(*row)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
+def test_other_targets(target):
+    for row in rows((target,), {"last": VIEWS["last"]}, ("bfloat16",)):
+        check(*row)
+
+
+def lowered(function, *arguments) -> tuple[str, list[str]]:
+    """Text for platform cuda, and the names of the kernels that it calls, in order."""
+    text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    calls = re.findall(r'@triton_kernel_call\(.*?backend_config = "(.*?)", ', text)
+    return text, [_kernel(call) for call in calls]
+
+
+def _kernel(config: str) -> str:
+    plain = re.sub(r"\\([0-9A-Fa-f]{2})", lambda m: chr(int(m.group(1), 16)), config.replace("\\\\", "\\5C"))
+    try:
+        packed = plain.encode("latin-1")
+        content = zlib.decompress(packed)
+    except zlib.error:
+        content = zlib.decompress(base64.b64decode(plain))
+    return re.search(rb"jbn_\w+?(?=\W)", content).group().decode()
+
+
+@pytest.mark.parametrize("shape, channel", [((4, 8, 8, 64), 3), ((4, 64, 8, 8), 1)])
+def test_lowering(shape, channel):
+    """Two launches forward, two backward, one for inference; x itself goes in, reshaped outputs come out."""
+    pytest.importorskip("jax_triton", reason="jax-triton or jax's GPU plugin is not installed", exc_type=ImportError)
+    from jbn import _triton
+    from jbn._collectives import Sync
+    from jbn._plan import Coefficients, Plan
+
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    vector = jax.ShapeDtypeStruct((64,), jnp.float32)
+    epsilon = jax.ShapeDtypeStruct((1,), jnp.float32)
+    mask = jax.ShapeDtypeStruct((4, 1, 1, 1), jnp.bool)
+    plan = Plan(channel, 0, 256, True, "relu", jnp.dtype("bfloat16"), Sync(), sharded=False, implementation="triton")
+
+    def train(x, mask, epsilon, scale, bias, residual, dy):
+        _, mean, m2 = _triton.moments(plan, x, mask)
+        coef = Coefficients(mean, m2, None, epsilon, scale, bias)
+        (y,) = _triton.apply(plan, x, coef, residual)
+        *sums, dz = _triton.gradient_sums(plan, x, coef, residual, mask, dy, keep=True)
+        (dx,) = _triton.gradient_input(plan._replace(activation=None), x, coef, None, mask, dz, sums)
+        return y, dx, dz
+
+    def infer(x, mean, var, epsilon, scale, bias):
+        return _triton.apply(plan._replace(count=1), x, Coefficients(mean, var, None, epsilon, scale, bias), None)
+
+    text, kernels = lowered(train, x, mask, epsilon, vector, vector, x, x)
+    assert kernels == ["jbn_moments", "jbn_apply", "jbn_gradient_sums", "jbn_gradient_input"]
+    assert set(re.findall(r"stablehlo\.(\w+)", text)) == {"custom_call", "reshape"}
+    text, kernels = lowered(infer, x, vector, vector, epsilon, vector, vector)
+    assert kernels == ["jbn_apply"]
+    assert set(re.findall(r"stablehlo\.(\w+)", text)) == {"custom_call", "reshape"}

@@ -1,0 +1,449 @@
+"""The Triton kernels in Triton's interpreter, every option against NumPy float64."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import ml_dtypes
+import oracle
+from interpreter import run
+
+from jbn.kernels import launches
+from jbn.kernels.launches import Mask, Problem
+from jbn.kernels.tiling import Tiling, View
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # masked NaN and overflow, in NumPy
+
+DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
+EPSILON = 1e-3
+
+
+def execute(launch, *arrays):
+    """Runs a launch; whatever it does not write stays NaN."""
+    outputs = []
+    for output in launch.outputs:
+        dtype = np.dtype(DTYPES.get(output.dtype, output.dtype))
+        poison = 0 if output.zeroed else -1 if dtype.kind == "i" else np.nan
+        outputs.append(np.full(output.shape, poison, dtype))
+    anything = np.full(1, np.nan, np.float32)
+    arrays = [anything if a is None else np.ascontiguousarray(a) for a in arrays]
+    run(launch.kernel, launch.programs, *arrays, *launch.numbers, *outputs, **launch.constants)
+    return outputs
+
+
+def cut(view, splits=2, rows=64, channels=8):
+    """A tiling of several programs, whatever the shape."""
+    tiles = -(-view.rows // rows)
+    return Tiling(rows, channels, max(1, min(splits, tiles)), 4)
+
+
+class Drawn:
+    """Random operands of a problem, and what the oracle makes of them, one batch at a time."""
+
+    def __init__(
+        self, view, dtype="float32", mask=None, residual=False, activation=None, scale=True, bias=True, seed=0
+    ):
+        rng = np.random.default_rng(seed)
+        kind, shape, vectors = DTYPES[dtype], tuple(view), (view.batch, view.channels)
+        self.view, self.dtype = view, dtype
+        self.x = rng.normal(1, 2, shape).astype(kind)
+        self.dy = rng.normal(0, 1, shape).astype(kind)
+        self.scale = rng.uniform(0.5, 1.5, vectors).astype(np.float32) if scale else None
+        self.bias = rng.normal(0, 0.5, vectors).astype(np.float32) if bias else None
+        self.residual = rng.normal(0, 1, shape).astype(kind) if residual else None
+        self.activation, self.mask, self.geometry = activation, None, mask
+        self.running = rng.normal(0, 1, vectors).astype(np.float32), rng.uniform(0.5, 2, vectors).astype(np.float32)
+        if mask is not None:
+            batches = 1 if mask.shared else view.batch
+            length = shape[1:] if mask.kind == "full" else (mask.period,)
+            self.mask = rng.random((batches, *length)) < 0.7
+
+    @property
+    def seen(self):
+        """The mask at x's shape."""
+        view = self.view
+        if self.mask is None:
+            return np.ones(view, bool)
+        if self.geometry.kind == "full":
+            return np.broadcast_to(self.mask, view)
+        rows = (np.arange(view.rows) // self.geometry.divisor) % self.geometry.period
+        picked = np.broadcast_to(self.mask, (view.batch, self.mask.shape[1]))[:, rows]
+        return np.broadcast_to(picked.reshape(view.batch, view.outer, 1, view.inner), view)
+
+    def problem(self, **more):
+        return Problem(
+            self.view, self.dtype, self.view.rows, self.scale is not None, self.bias is not None,
+            self.residual is not None, self.activation, self.geometry,
+        )._replace(**more)  # fmt: skip
+
+    def coefficients(self):
+        """mean, spread and weight as the op hands them to the kernels, (B, C); weight is None without a mask."""
+        count, mean, m2 = self.moments()
+        if self.mask is None:
+            return mean.astype(np.float32), m2.astype(np.float32), None
+        weight = np.where(count > 0, 1 / np.maximum(count, 1), 0)
+        mean = np.where(count > 0, mean, self.running[0])
+        return tuple(v.astype(np.float32) for v in (mean, np.where(count > 0, m2 * weight, self.running[1]), weight))
+
+    def moments(self):
+        each = [oracle.moments(x, axis=1, mask=m) for x, m in zip(self.x, self.seen, strict=True)]
+        return tuple(np.stack(field) for field in zip(*each, strict=True))
+
+    def per_batch(self, function, residuals):
+        """The oracle's answers; for each batch it is given scale, bias and the running statistics."""
+        answers = []
+        for b, x in enumerate(self.x):
+            vectors = (None if v is None else v[b] for v in (self.scale, self.bias, *self.running))
+            residual = None if residuals is None else residuals[b]
+            options = dict(axis=1, epsilon=EPSILON, mask=self.seen[b], residual=residual, activation=self.activation)
+            answers.append(function(b, x, *vectors, **options))
+        return answers
+
+    def forward(self):
+        return np.stack(self.per_batch(lambda b, *a, **k: oracle.bn_train(*a, **k).y, self.residual))
+
+    def backward(self):
+        residual = self.residual
+        if residual is not None:  # a masked NaN or Inf is nothing in derivatives
+            residual = np.where(self.seen | np.isfinite(residual), residual, 0)
+        grads = self.per_batch(lambda b, *a, **k: oracle.bn_train_grads(self.dy[b], *a, **k), residual)
+        return {name: np.stack([g[name] for g in grads]) for name in grads[0]}
+
+
+def run_moments(drawn, tiling):
+    return execute(launches.moments(drawn.problem(), 132, tiling), drawn.x, drawn.mask)[:3]
+
+
+def run_apply(drawn, tiling, dtype=None):
+    mean, spread, weight = drawn.coefficients()
+    problem = drawn.problem(**({} if weight is None else dict(count=1)))
+    launch = launches.apply(problem, dtype or drawn.dtype, 132, tiling)
+    return execute(launch, drawn.x, mean, spread, epsilon(drawn), drawn.scale, drawn.bias, drawn.residual)[0]
+
+
+def run_backward(drawn, tiling, keep=False):
+    """Σz̄, Σz̄x̂, x̄ and z̄, as two launches; with `keep`, the first one writes z̄ for the second."""
+    mean, spread, weight = drawn.coefficients()
+    problem = drawn.problem(weight=weight is not None, **({} if weight is None else dict(count=1)))
+    vectors = (mean, spread, epsilon(drawn), drawn.scale, drawn.bias)
+    launch = launches.gradient_sums(problem, drawn.dtype if keep else None, 132, tiling)
+    total, product, dz, *_ = execute(launch, drawn.x, *vectors, drawn.residual, drawn.mask, drawn.dy)
+    sums = total, product
+    if keep:
+        launch = launches.gradient_input(
+            problem._replace(activation=None, residual=False), drawn.dtype, None, 132, tiling
+        )
+        dx, _ = execute(launch, drawn.x, *vectors, weight, None, drawn.mask, dz, *sums)
+    else:
+        launch = launches.gradient_input(problem, drawn.dtype, drawn.dtype, 132, tiling)
+        dx, dz = execute(launch, drawn.x, *vectors, weight, drawn.residual, drawn.mask, drawn.dy, *sums)
+    return total, product, dx, dz
+
+
+def epsilon(drawn):
+    return np.full(drawn.view.batch, EPSILON, np.float32)
+
+
+def check(drawn, tiling=None, keep=False, factor=1):
+    """All four kernels on one problem."""
+    tiling = tiling or cut(drawn.view)
+    count, mean, m2 = run_moments(drawn, tiling)
+    wanted = drawn.moments()
+    if drawn.mask is not None:
+        np.testing.assert_array_equal(count, wanted[0])
+    oracle.assert_close(mean, wanted[1], n=drawn.view.rows)
+    oracle.assert_close(m2, wanted[2], n=drawn.view.rows)
+    oracle.assert_close(run_apply(drawn, tiling), drawn.forward(), n=drawn.view.rows, factor=factor)
+    total, product, dx, dz = run_backward(drawn, tiling, keep)
+    grads = drawn.backward()
+    # kept z̄ is rounded before it is added up
+    kind = DTYPES[drawn.dtype] if keep else np.float32
+    oracle.assert_close(total, grads["bias"], kind, n=drawn.view.rows, factor=factor)
+    oracle.assert_close(product, grads["scale"], kind, n=drawn.view.rows, factor=factor)
+    oracle.assert_close(dx, grads["x"], n=drawn.view.rows, factor=2 * factor)
+    oracle.assert_close(dz, grads["residual"], n=drawn.view.rows, factor=factor)
+
+
+LAYOUTS = {"last": View(1, 150, 11, 1), "first": View(1, 6, 11, 25)}
+ACTIVATIONS = [None, "relu", "relu6", "leaky_relu", "silu", "hard_swish"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("residual", [False, True])
+def test_activations(layout, activation, residual):
+    check(Drawn(LAYOUTS[layout], residual=residual, activation=activation), keep=residual)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale, bias", [(True, False), (False, True), (False, False)])
+def test_dtypes_and_parameters(layout, dtype, scale, bias):
+    check(Drawn(LAYOUTS[layout], dtype, residual=True, activation="relu", scale=scale, bias=bias))
+
+
+MASKS = {
+    "full": (View(2, 50, 5, 1), Mask("full")),
+    "full, one for all batches": (View(2, 50, 5, 1), Mask("full", shared=True)),
+    "full, channels first": (View(2, 5, 5, 30), Mask("full")),
+    "rows": (View(2, 150, 5, 1), Mask("rows", period=150)),
+    "examples": (View(2, 150, 5, 1), Mask("rows", divisor=10, period=15)),
+    "last of the axes, one for all": (View(2, 150, 5, 1), Mask("rows", shared=True, period=10)),
+    "examples, channels first": (View(1, 6, 5, 25), Mask("rows", divisor=25, period=6)),
+    "positions, channels first": (View(1, 6, 5, 25), Mask("rows", period=25)),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_masks(name, splits):
+    """With a channel, or a batch, that the mask hides altogether, and NaN and Inf at some that it hides."""
+    view, mask = MASKS[name]
+    drawn = Drawn(view, mask=mask, residual=True, activation="silu")
+    if mask.kind == "full":
+        drawn.mask[:, :, -1] = False
+    elif not mask.shared:
+        drawn.mask[-1] = False
+    hidden = np.flatnonzero(~drawn.seen)
+    drawn.x.reshape(-1)[hidden[0::6]] = np.nan
+    drawn.x.reshape(-1)[hidden[1::6]] = np.inf
+    drawn.residual.reshape(-1)[hidden[2::6]] = -np.inf
+    check(drawn, cut(view, splits))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 65, 127, 1000])
+@pytest.mark.parametrize("rows", [1, 2, 49])
+def test_ragged(channels, rows):
+    # two values may be close to each other: then their std is small beside the rounding of their mean
+    factor = 8 if rows == 2 else 1
+    for view in (View(1, rows, channels, 1), View(1, 1, channels, rows)):
+        check(Drawn(view, activation="silu"), cut(view, 2, 32, 128), factor=factor)
+
+
+def test_many_rows():
+    """Enough programs for several steps of the merge; the last one has a row too few."""
+    for view in (View(1, 100_003, 3, 1), View(1, 1, 3, 100_003)):
+        check(Drawn(view, activation="silu"), Tiling(2048, 4, 40, 8))
+
+
+@pytest.mark.parametrize("layout", ["last", "first"])
+def test_wide_offsets(layout):
+    """The same with 64-bit offsets, which the shape does not ask for."""
+    drawn = Drawn(LAYOUTS[layout], mask=Mask("full"))
+    tiling = cut(drawn.view)
+    mean, spread, _ = drawn.coefficients()
+    vectors = mean, spread, epsilon(drawn), drawn.scale, drawn.bias
+    for launch, arrays in [
+        (launches.moments(drawn.problem(), 132, tiling), (drawn.x, drawn.mask)),
+        (
+            launches.gradient_input(drawn.problem(), "float32", None, 132, tiling),
+            (drawn.x, *vectors, None, None, drawn.mask, drawn.dy, mean, mean),
+        ),
+    ]:
+        narrow = execute(launch, *arrays)
+        wide = execute(launch._replace(constants=launch.constants | dict(WIDE=True)), *arrays)
+        for a, b in zip(narrow, wide, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_offsets_beyond_32_bits():
+    """Whether they are asked for."""
+    tiling = Tiling(64, 64, 132, 8)
+    assert not launches.needs_wide_offsets(View(1, 2**20, 1024, 1), tiling)
+    assert launches.needs_wide_offsets(View(1, 2**21, 1024, 1), tiling)
+    assert launches.needs_wide_offsets(View(1, 2**11, 1024, 2**10), tiling)
+
+
+def test_given_statistics():
+    """Inference: x̄ = scale · rstd · z̄, which reads no x without an activation."""
+    for activation in (None, "silu"):
+        drawn = Drawn(LAYOUTS["last"], activation=activation)
+        mean, var = drawn.running
+        problem = drawn.problem(count=1, centred=False)
+        vectors = (mean, var, epsilon(drawn), drawn.scale, drawn.bias)
+        tiling = cut(drawn.view)
+        options = dict(axis=1, epsilon=EPSILON, activation=activation)
+        parameters = drawn.scale[0], drawn.bias[0], mean[0], var[0]
+        (y,) = execute(launches.apply(problem, "float32", 132, tiling), drawn.x, *vectors, None)
+        oracle.assert_close(y[0], oracle.bn_eval(drawn.x[0], *parameters, **options))
+        x = drawn.x if activation else None
+        launch = launches.gradient_input(problem, "float32", None, 132, tiling)
+        dx, _ = execute(launch, x, *vectors, None, None, None, drawn.dy, None, None)
+        oracle.assert_close(dx[0], oracle.bn_eval_grads(drawn.dy[0], drawn.x[0], *parameters, **options)["x"])
+
+
+def test_output_dtype():
+    drawn = Drawn(LAYOUTS["last"], "float32")
+    y = run_apply(drawn, cut(drawn.view), "bfloat16")
+    assert y.dtype == ml_dtypes.bfloat16
+    oracle.assert_close(y, drawn.forward())
+
+
+@pytest.mark.parametrize("layout", ["last", "first"])
+@pytest.mark.parametrize("mask", [None, Mask("full")])
+def test_large_mean(layout, mask):
+    """|mean| / std = 1e4: the variance is within 1e-3, here some hundred times closer."""
+    view = View(1, 4096, 8, 1) if layout == "last" else View(1, 16, 8, 256)
+    drawn = Drawn(view, mask=mask)
+    drawn.x = np.random.default_rng(1).normal(1e4, 1, view).astype(np.float32)
+    for splits in (1, 5):
+        _, mean, m2 = run_moments(drawn, Tiling(64, 8, splits, 4))
+        wanted = drawn.moments()
+        np.testing.assert_allclose(mean, wanted[1], rtol=3e-7)
+        np.testing.assert_allclose(m2, wanted[2], rtol=1e-4)
+
+
+@pytest.mark.parametrize("row", [0, 4095])
+@pytest.mark.parametrize("value", [1e6, -1e6])
+def test_outlier(row, value):
+    drawn = Drawn(View(1, 4096, 8, 1))
+    drawn.x[0, row] = value
+    for splits in (1, 64):
+        _, mean, m2 = run_moments(drawn, Tiling(64, 8, splits, 4))
+        _, mean64, m264 = drawn.moments()
+        std = np.sqrt(m264 / 4096)
+        assert np.max(np.abs(mean - mean64) / std) < 1e-6
+        np.testing.assert_allclose(m2, m264, rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -7.3, 1e10, 3e38, -3e38])
+@pytest.mark.parametrize("mask", [None, Mask("full"), Mask("rows", period=300)])
+def test_constant_channels(value, mask):
+    """Exactly: the mean is the value and the variance 0, whatever masked positions hold."""
+    drawn = Drawn(View(1, 300, 8, 1), mask=mask)
+    drawn.x[:] = np.where(drawn.seen, np.float32(value), np.nan)
+    for splits in (1, 3):
+        _, mean, m2 = run_moments(drawn, Tiling(32, 8, splits, 4))
+        np.testing.assert_array_equal(mean, np.full_like(mean, np.float32(value)))
+        np.testing.assert_array_equal(m2, np.zeros_like(m2))
+
+
+def test_not_finite():
+    """A NaN that is not masked makes its own channel NaN, and no other."""
+    drawn = Drawn(View(1, 300, 8, 1))
+    drawn.x[0, 7, 2] = np.nan
+    _, mean, m2 = run_moments(drawn, cut(drawn.view))
+    for vector in (mean, m2):
+        np.testing.assert_array_equal(np.isnan(vector[0]), np.arange(8) == 2)
+    np.testing.assert_array_equal(np.isnan(run_apply(drawn, cut(drawn.view))[0, :, 2]).all(), True)
+
+
+def test_chosen_tilings():
+    """What `choose` gives for real shapes works too, here for small ones and few processors."""
+    for view in (View(3, 300, 40, 1), View(1, 2, 40, 300), View(7, 2, 100, 1), View(1, 700, 24, 1)):
+        for dtype in DTYPES:
+            drawn = Drawn(view, dtype)
+            _, mean, m2 = execute(launches.moments(drawn.problem(), 4), drawn.x, None)[:3]
+            wanted = drawn.moments()
+            oracle.assert_close(mean, wanted[1], n=view.rows)
+            oracle.assert_close(m2, wanted[2], n=view.rows)
+
+
+PIECES = {  # shape, channel, leading batch axes, shape of the mask
+    "channels last": ((6, 5, 4, 3), 3, 0, None),
+    "channels first": ((6, 3, 5, 4), 1, 0, None),
+    "no rows but one axis": ((40,), 0, 0, None),
+    "batches": ((2, 3, 8, 5), 3, 2, None),
+    "full mask": ((6, 5, 3), 2, 0, (6, 5, 3)),
+    "mask of examples": ((6, 5, 4, 3), 3, 0, (6, 1, 1, 1)),
+    "mask of steps": ((6, 5, 3), 2, 0, (1, 5, 1)),
+    "mask of two axes": ((6, 5, 4, 3), 3, 0, (6, 5, 1, 1)),
+    "mask with a gap": ((6, 5, 4, 3), 3, 0, (6, 1, 4, 1)),
+    "mask of channels": ((6, 5, 3), 2, 0, (1, 1, 3)),
+    "mask of nothing": ((6, 5, 3), 2, 0, (1, 1, 1)),
+    "mask of examples, channels first": ((6, 3, 5, 4), 1, 0, (6, 1, 1, 1)),
+    "mask of positions, channels first": ((6, 3, 5, 4), 1, 0, (1, 1, 5, 4)),
+    "mask of all but channels, channels first": ((6, 3, 5, 4), 1, 0, (6, 1, 5, 4)),
+    "one mask for all batches": ((2, 6, 5, 3), 3, 1, (1, 6, 1, 1)),
+    "a mask for each batch": ((2, 6, 5, 3), 3, 1, (2, 6, 1, 1)),
+    "a mask that varies by one of two batch axes": ((2, 3, 6, 5), 3, 2, (2, 1, 6, 1)),
+    "one channel": ((6, 5, 1), 2, 0, (6, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_pieces(name, monkeypatch):
+    """`jbn._triton` against `jbn._xla`: how arrays of any rank lie in memory, and masks of any shape."""
+    import jax.numpy as jnp
+
+    from jbn import _triton, _xla
+    from jbn._collectives import Sync
+    from jbn._plan import Coefficients, Plan
+
+    monkeypatch.setattr(
+        _triton, "_call", lambda launch, *arrays: [jnp.asarray(v) for v in execute(launch, *map(np.asarray, arrays))]
+    )
+    shape, channel, batch, mask_shape = PIECES[name]
+    rng = np.random.default_rng(0)
+    x, residual, dy = (jnp.asarray(rng.normal(1, 2, shape), jnp.float32) for _ in range(3))
+    mask = None if mask_shape is None else jnp.asarray(rng.random(mask_shape) < 0.7)
+    vector = (*shape[:batch], shape[channel])
+    rows = x.size // int(np.prod(vector))
+    plan = Plan(
+        channel,
+        batch,
+        count=rows if mask is None else 1,
+        centred=True,
+        activation="silu",
+        dtype=jnp.dtype("float32"),
+        sync=Sync(),
+        sharded=False,
+        implementation="triton",
+    )
+
+    def same(got, want):
+        assert len(got) == len(want)
+        for a, b in zip(got, want, strict=True):
+            assert a.dtype == b.dtype
+            # of a single row the variance is 0, and 1/std is 30 times that of others
+            oracle.assert_close(a, b, n=rows, factor=2 if rows > 1 else 60)
+
+    seen = _xla.moments(plan, x, mask)
+    same(_triton.moments(plan, x, mask), seen)
+    mean, m2 = seen[-2:]
+    weight = None if mask is None else 1 / jnp.maximum(seen[0], 1)
+    scale, bias = (jnp.asarray(rng.uniform(0.5, 1, vector), jnp.float32) for _ in range(2))
+    epsilons = jnp.full((*shape[:batch], 1), EPSILON, jnp.float32)
+    coef = Coefficients(mean, m2 if weight is None else m2 * weight, weight, epsilons, scale, bias)
+    for r in (None, residual):
+        same(_triton.apply(plan, x, coef, r), _xla.apply(plan, x, coef, r))
+        sums = _xla.gradient_sums(plan, x, coef, r, mask, dy)
+        same(_triton.gradient_sums(plan, x, coef, r, mask, dy), sums)
+        want = _xla.gradient_input(plan, x, coef, r, mask, dy, sums)
+        same(_triton.gradient_input(plan, x, coef, r, mask, dy, sums), want)
+        *_, dz = _triton.gradient_sums(plan, x, coef, r, mask, dy, keep=True)
+        straight = plan._replace(activation=None)
+        (dx,) = _triton.gradient_input(straight, x, coef, None, mask, dz, sums)
+        same((dx,), want[:1])
+        if r is not None:
+            same(_triton.gradient_input(straight, x, coef, r, mask, dz, sums), want)
+    given = plan._replace(centred=False, count=1)
+    want = _xla.gradient_input(given, x, coef, None, mask, dy, ())
+    same(_triton.gradient_input(given, x, coef, None, mask, dy, ()), want)
+
+
+def test_reasons(monkeypatch):
+    """What the kernels cannot do is said."""
+    import jax
+    import jax.numpy as jnp
+
+    from jbn import _triton
+    from jbn._collectives import Sync
+    from jbn._plan import Plan
+
+    plan = Plan(1, 0, 6, True, None, jnp.dtype("float32"), Sync(), sharded=False, implementation="triton")
+    monkeypatch.setattr(_triton, "_missing", None)
+    x = jnp.ones((6, 3))
+    assert _triton.supports(plan, x) is None
+    assert _triton.supports(plan, x, None, x.astype(jnp.bfloat16)) is None
+    wide = jax.ShapeDtypeStruct((6, 3), np.dtype("float64"))
+    for reason in (_triton.supports(plan, wide), _triton.supports(plan, x, wide)):
+        assert "dtype float64 is not among the kernels' (float16, bfloat16, float32)" == reason
+    assert "is empty" in _triton.supports(plan, x[:0])
+    monkeypatch.setattr(_triton, "_device", lambda: (80, 70))
+    assert "compute capability 7.0" in _triton.supports(plan, x)
+    monkeypatch.setattr(_triton, "_missing", "No module named 'jax_triton'")
+    assert "pip install 'jbn[cuda12]' or 'jbn[cuda13]'" in _triton.supports(plan, x)
+    with pytest.raises(NotImplementedError, match="implementation='triton' cannot be used: jax-triton cannot be imp"):
+        _triton.check(plan, x, None)
