@@ -39,7 +39,11 @@ def gather(value: jax.Array, sync: Sync) -> jax.Array:
             return lax.all_gather(value, name, axis_index_groups=sync.groups)
         # vmap has no grouped gather: take everything, then the group's rows
         return lax.all_gather(value, name)[_peers(sync.groups)[lax.axis_index(name)]]
-    every = lax.all_gather(value, manual, to="invarying") if manual else value
+    every = value
+    if manual:
+        # unchecked, JAX knows of nothing that varies, and the transpose of an "invarying" gather would be wrong
+        checked = not jax.typeof(value).mat.varying.isdisjoint(manual)
+        every = lax.all_gather(value, manual, **({"to": "invarying"} if checked else {}))
     for name in sync.names:
         if name not in manual:  # vmap gathers one axis at a time
             every = lax.all_gather(every, name)

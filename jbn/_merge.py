@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jbn._collectives import Sync, add_across, gather
+from jbn._plan import choose
 
 GATHER_LIMIT = 2**20  # bytes that one gather may bring to a device; beyond, two sums of constant size are cheaper
 
@@ -85,15 +86,15 @@ def merge_along(members: Moments) -> Moments:
 
 
 def merge_two(a: Moments, b: Moments) -> Moments:
+    """Moments of two disjoint parts; an empty one leaves the other as it is, to the bit."""
     count = a.count + b.count
-    if isinstance(count, int):
-        weight = b.count / count if count else 0.0
-        took_b = a.count == 0
-    else:
-        weight = b.count / jnp.maximum(count, 1)
-        took_b = a.count == 0
-    delta = b.mean - a.mean
-    # an empty part's mean is arbitrary, so it must not enter even by rounding
-    mean = jnp.where(took_b, b.mean, a.mean + delta * weight)
-    m2 = jnp.where(took_b, b.m2, a.m2 + b.m2 + jnp.square(delta) * (a.count * weight))
+    weight = b.count / (max(count, 1) if isinstance(count, int) else jnp.maximum(count, 1))
+    only_a, only_b = b.count == 0, a.count == 0
+    delta = choose(only_a | only_b, jnp.zeros_like(a.mean), b.mean - a.mean)
+
+    def pick(of_a, of_b, of_both):
+        return choose(only_b, of_b, choose(only_a, of_a, of_both))
+
+    mean = pick(a.mean, b.mean, a.mean + delta * weight)
+    m2 = pick(a.m2, b.m2, a.m2 + b.m2 + jnp.square(delta) * (a.count * weight))
     return Moments(count, mean, m2)

@@ -16,7 +16,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from jbn import _pieces
 from jbn._merge import Moments, merge_across
-from jbn._plan import Coefficients, Plan
+from jbn._plan import Coefficients, Plan, choose
 from jbn.moments import local_moments
 
 
@@ -41,7 +41,7 @@ def normalize_train(plan: Plan, x, learned: Learned, mask, running: Running):
     """`(y, (count, mean, m2))`: x normalised with its own statistics, and these."""
     seen = merge_across(local_moments(plan, x, mask), plan.sync)
     plan, coef = _coefficients(plan, seen, learned, running)
-    (y,) = _pieces.apply(plan, x, coef, learned.residual)
+    (y,) = _pieces.apply(plan, x, coef, learned.residual, mask)
     return y, _as_arrays(seen)
 
 
@@ -56,7 +56,7 @@ def _normalize_train_jvp(plan, primals, tangents):
     if not isinstance(seen.count, int):
         seen = seen._replace(count=checkpoint_name(seen.count, "bn_stats"))
     plan, coef = _coefficients(plan, seen, learned, running)
-    (y,) = _pieces.apply(plan, x, coef, learned.residual)
+    (y,) = _pieces.apply(plan, x, coef, learned.residual, mask)
     dy = _moved(plan, x, coef, learned, mask, dx, moved)
     seen = _as_arrays(seen)
     return (y, seen), (dy, jax.tree.map(jnp.zeros_like, seen))
@@ -65,7 +65,7 @@ def _normalize_train_jvp(plan, primals, tangents):
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def normalize_eval(plan: Plan, x, learned: Learned, running: Running):
     """x normalised with the statistics given."""
-    (y,) = _pieces.apply(plan, x, _given(learned, running), learned.residual)
+    (y,) = _pieces.apply(plan, x, _given(learned, running), learned.residual, None)
     return y
 
 
@@ -75,7 +75,7 @@ def _normalize_eval_jvp(plan, primals, tangents):
     dx, moved, drunning = tangents
     x = checkpoint_name(x, "bn_input")
     coef = _given(learned, running)
-    (y,) = _pieces.apply(plan, x, coef, learned.residual)
+    (y,) = _pieces.apply(plan, x, coef, learned.residual, None)
     rstd = lax.rsqrt(running.var + learned.epsilon)
     slope = rstd if learned.scale is None else rstd * learned.scale
     dmean, dvar = (None if _still(t) else t for t in drunning)
@@ -106,9 +106,9 @@ def _coefficients(plan: Plan, seen: Moments, learned: Learned, running: Running)
         plan = plan._replace(count=seen.count)
         return plan, Coefficients(seen.mean, seen.m2, None, learned.epsilon, learned.scale, learned.bias)
     count = jnp.broadcast_to(jnp.asarray(seen.count, seen.mean.dtype), seen.mean.shape)
-    weight = jnp.where(count > 0, 1 / jnp.maximum(count, 1), 0)
-    mean = jnp.where(count > 0, seen.mean, running.mean)
-    var = jnp.where(count > 0, seen.m2 * weight, running.var)
+    weight = choose(count > 0, 1 / jnp.maximum(count, 1), 0)
+    mean = choose(count > 0, seen.mean, running.mean)
+    var = choose(count > 0, seen.m2 * weight, running.var)
     return plan, Coefficients(mean, var, weight, learned.epsilon, learned.scale, learned.bias)
 
 

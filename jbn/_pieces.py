@@ -2,6 +2,7 @@
 
 import jax
 from jax.interpreters import ad
+from jax.sharding import NamedSharding
 
 from jbn import _xla
 from jbn._collectives import Sync, add_across
@@ -21,7 +22,7 @@ def _add_devices(_plan: Plan, _x, out, names):
 
 
 _, moments = primitive("moments", _xla.moments, combine=_merge_devices, kernel=True)
-_, apply = primitive("apply", _xla.apply, kernel=True)
+_, apply = primitive("apply", _xla.apply, derivative=_xla.apply_masked, kernel=True)
 _, gradient_sums = primitive("gradient_sums", _xla.gradient_sums, combine=_add_devices, kernel=True)
 _, gradient_input = primitive("gradient_input", _xla.gradient_input, kernel=True)
 _tangent_p, tangent = primitive("tangent", _xla.tangent)
@@ -50,9 +51,10 @@ def _tangent_transpose(cotangents, *flat, tree, plan):
 
 def _typed(cotangent, operand):
     """The cotangent sharded as its operand's type says; over an explicit mesh a replicated scale needs that."""
-    if cotangent is None or jax.typeof(cotangent).sharding.spec == operand.aval.sharding.spec:
-        return cotangent
-    return jax.reshard(cotangent, operand.aval.sharding)
+    if cotangent is None:
+        return None
+    found, wanted = jax.typeof(cotangent).sharding, operand.aval.sharding.spec
+    return cotangent if found.spec == wanted else jax.reshard(cotangent, NamedSharding(found.mesh, wanted))
 
 
 ad.primitive_transposes[_tangent_p] = _tangent_transpose

@@ -51,3 +51,13 @@ def row_count(plan: Plan, x) -> int:
 def compute_dtype(dtype) -> jnp.dtype:
     """float32, or float64 for float64: what statistics and arithmetic use."""
     return jnp.dtype("float64" if jnp.dtype(dtype) == jnp.float64 else "float32")
+
+
+def choose(condition, value, otherwise):
+    """`jnp.where`, over an explicit mesh too, where it asks that all three are sharded alike: as `value` is."""
+    sharding = jax.typeof(value).sharding
+    if any(entry is not None for entry in sharding.spec):
+        condition = jax.reshard(jnp.broadcast_to(condition, value.shape), sharding)
+        if jnp.ndim(otherwise):
+            otherwise = jax.reshard(jnp.broadcast_to(otherwise, value.shape), sharding)
+    return jnp.where(condition, value, otherwise)

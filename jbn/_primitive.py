@@ -13,12 +13,18 @@ from jbn._partition import split
 
 
 def primitive(
-    name: str, reference: Callable, *, combine: Callable | None = None, kernel: bool = False
+    name: str,
+    reference: Callable,
+    *,
+    derivative: Callable | None = None,
+    combine: Callable | None = None,
+    kernel: bool = False,
 ) -> tuple[Primitive, Callable]:
     """Makes the primitive `jbn_<name>` whose value is `reference(plan, *operands)`.
 
     `reference` is written in jax.numpy over pytrees of arrays. It is the primitive's type rule (shapes, dtypes,
-    shardings and varying axes follow from tracing it), its derivative, and its lowering. Where it reduces over rows,
+    shardings and varying axes follow from tracing it), its lowering, and what is differentiated, unless that is
+    another function, `derivative`, equal to it wherever a derivative is to be had. Where it reduces over rows,
     `combine(plan, x, out, names)` merges what devices found of their own rows, over mesh axes `names`. With `kernel`,
     `jbn._triton` has a function of its name, that takes its place on CUDA where the plan asks for it.
 
@@ -50,7 +56,7 @@ def primitive(
             operands = list(primals)
             for i, value in zip(moving, moved, strict=True):
                 operands[i] = value
-            return run(*operands, **params)
+            return run(*operands, **params, function=derivative or reference)
 
         _, out = jax.jvp(along, [primals[i] for i in moving], [tangents[i] for i in moving])
         return prim.bind(*primals, **params), out

@@ -66,8 +66,9 @@ def moments(plan: Plan, x, mask):
     return tuple(_vector(plan, x, v) for v in found)
 
 
-def apply(plan: Plan, x, coef: Coefficients, residual):
+def apply(plan: Plan, x, coef: Coefficients, residual, mask=None):
     """y = activation(scale · (x − mean) · rstd + bias + residual)."""
+    del mask  # every position is normalised
     problem = _problem(plan, _view(plan, x.shape), x, None, coef, residual)
     launch = launches.apply(problem, plan.dtype.name, _device()[0])
     (y,) = _call(launch, x, *_vectors(coef), _or(residual, x))

@@ -13,7 +13,7 @@ from jax import lax
 
 from jbn._activations import ACTIVATIONS
 from jbn._collectives import add_across
-from jbn._plan import Coefficients, Plan, compute_dtype, rows
+from jbn._plan import Coefficients, Plan, choose, compute_dtype, rows
 
 
 def moments(plan: Plan, x, mask):
@@ -34,18 +34,25 @@ def moments(plan: Plan, x, mask):
     repeats = math.prod(x.shape[a] for a in axes if mask.shape[a] == 1)
     count = jnp.sum(mask, axes, keepdims=True, dtype=jnp.int32).astype(x.dtype) * repeats
     pivot = jnp.max(x, axes, keepdims=True, where=mask, initial=-jnp.inf)
-    pivot = lax.stop_gradient(jnp.where(count > 0, pivot, 0))
+    pivot = lax.stop_gradient(choose(count > 0, pivot, 0))
     size = jnp.maximum(count, 1)
-    mean = pivot + _total(jnp.where(mask, x - pivot, 0), axes) / size
-    m2 = _total(jnp.where(mask, jnp.square(x - mean), 0), axes)
+    mean = pivot + _total(choose(mask, x - pivot, 0), axes) / size
+    # chosen before it is squared: the derivative of a square that is not chosen may be NaN
+    m2 = _total(jnp.square(choose(mask, x - mean, 0)), axes)
     count = jnp.broadcast_to(count, mean.shape)
     return tuple(_vector(plan, v) for v in (count, mean, m2))
 
 
-def apply(plan: Plan, x, coef: Coefficients, residual):
-    """y = activation(scale · (x − mean) · rstd + bias + residual)."""
+def apply(plan: Plan, x, coef: Coefficients, residual, mask=None):
+    """y = activation(scale · (x − mean) · rstd + bias + residual); at every position, so without the mask."""
+    del mask
+    return apply_masked(plan, x, coef, residual, None)
+
+
+def apply_masked(plan: Plan, x, coef: Coefficients, residual, mask):
+    """`apply` as derivatives see it: with x̂ = 0 at a masked position that is not finite."""
     map_ = _map(plan, x, coef)
-    z = _linear(plan, _centred(x, map_, None), map_, coef, residual, None)
+    z = _linear(plan, _centred(x, map_, mask), map_, coef, residual, mask)
     if plan.activation is not None:
         z = ACTIVATIONS[plan.activation].value(z)
     return (z.astype(plan.dtype),)
@@ -66,7 +73,7 @@ def tangent(plan: Plan, x, coef: Coefficients, residual, mask, moved):
         dx = dx.astype(out.dtype)
         if plan.centred:
             axes = rows(plan, x.ndim)
-            seen = dx if mask is None else jnp.where(mask, dx, 0)
+            seen = dx if mask is None else choose(mask, dx, 0)
             sums = add_across(tuple(_vector(plan, _total(v, axes)) for v in (seen, seen * xhat)), plan.sync)
             dx = dx - _projection(plan, coef, xhat, sums)
         out += dx * map_.slope
@@ -95,7 +102,7 @@ def gradient_input(plan: Plan, x, coef: Coefficients, residual, mask, dy, sums):
     dz = dx = _through_activation(plan, dy, centred, map_, coef, residual, mask)
     if plan.centred:
         pull = _projection(plan, coef, centred * map_.rstd, sums)
-        dx = dz - (pull if mask is None else jnp.where(mask, pull, 0))
+        dx = dz - (pull if mask is None else choose(mask, pull, 0))
     dx = (dx * map_.slope).astype(x.dtype)
     return (dx,) if residual is None else (dx, dz.astype(residual.dtype))
 
@@ -113,7 +120,7 @@ def _map(plan: Plan, x, coef: Coefficients, above=jnp.greater) -> _Map:
     slope = rstd if coef.scale is None else rstd * coef.scale
     # The mean in any case. But XLA merges equal expressions, and x − mean, shared by a reduction and another pass, is
     # then written to memory at x's size and read again; made to look different it is computed in either for nothing.
-    mean = jnp.where(above(rstd, 0), coef.mean, 0)
+    mean = choose(above(rstd, 0), coef.mean, 0)
     return _Map(*(_spread(plan, v, x.ndim) for v in (mean, rstd, slope)))
 
 
@@ -121,7 +128,7 @@ def _centred(x, map_: _Map, mask):
     """x − mean; 0 at a masked position that is not finite, so that it reaches no other in a derivative."""
     x = x.astype(map_.mean.dtype)
     if mask is not None:
-        x = jnp.where(mask | jnp.isfinite(x), x, map_.mean)
+        x = choose(mask | jnp.isfinite(x), x, map_.mean)
     return x - map_.mean
 
 
@@ -132,7 +139,7 @@ def _linear(plan: Plan, centred, map_: _Map, coef: Coefficients, residual, mask)
         z += _spread(plan, coef.bias, z.ndim)
     if residual is not None:
         residual = residual.astype(z.dtype)
-        z += residual if mask is None else jnp.where(mask | jnp.isfinite(residual), residual, 0)
+        z += residual if mask is None else choose(mask | jnp.isfinite(residual), residual, 0)
     return z
 
 

@@ -1,0 +1,204 @@
+"""Batch normalization in NumPy float64, in two passes: what every other file here is measured against.
+
+It shares nothing with the code under test. `backward` is the analytic gradient; test_gradients.py checks it
+against finite differences of `forward`.
+"""
+
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+
+class Result(NamedTuple):
+    y: np.ndarray
+    mean: np.ndarray  # running mean after the step, (C,)
+    var: np.ndarray  # running variance after the step, (C,)
+
+
+def _sigmoid(z):
+    return 0.5 * (1 + np.tanh(z / 2))
+
+
+ACTIVATIONS = {  # name: (value, derivative)
+    None: (lambda z: z, lambda z: np.ones_like(z)),
+    "relu": (lambda z: np.maximum(z, 0), lambda z: (z > 0) * 1.0),
+    "relu6": (lambda z: np.clip(z, 0, 6), lambda z: ((z > 0) & (z < 6)) * 1.0),
+    "leaky_relu": (lambda z: np.where(z > 0, z, 0.01 * z), lambda z: np.where(z > 0, 1.0, 0.01)),
+    "silu": (lambda z: z * _sigmoid(z), lambda z: _sigmoid(z) * (1 + z * (1 - _sigmoid(z)))),
+    "hard_swish": (
+        lambda z: z * np.clip(z + 3, 0, 6) / 6,
+        lambda z: np.where(z <= -3, 0.0, np.where(z >= 3, 1.0, (2 * z + 3) / 6)),
+    ),
+}
+
+
+def f64(a):
+    return None if a is None else np.asarray(a).astype(np.float64)
+
+
+def moments(x, axis=-1, mask=None):
+    """(count, mean, m2), each of shape (C,), of the True positions of `mask`."""
+    rows, valid = _rows(x, axis), _rows(_full(mask, x), axis)
+    count, mean, m2 = _moments(rows, valid != 0)
+    return count[0, 0], mean[0, 0], m2[0, 0]
+
+
+def bn_train(
+    x,
+    scale,
+    bias,
+    mean,
+    var,
+    *,
+    axis=-1,
+    momentum=0.99,
+    epsilon=1e-5,
+    mask=None,
+    residual=None,
+    activation=None,
+    virtual_batch_size=None,
+    unbiased=False,
+):
+    """Value and new running state."""
+    x, scale, bias, mean, var, residual = map(f64, (x, scale, bias, mean, var, residual))
+    with np.errstate(invalid="ignore", over="ignore"):
+        xhat, *_ = _normalized(x, mean, var, axis, epsilon, mask, virtual_batch_size)
+        z = _back(_affine(xhat, scale, bias), x, axis) + (0 if residual is None else residual)
+        y = ACTIVATIONS[activation][0](z)
+    n, batch_mean, m2 = moments(x, axis, mask)
+    batch_var = m2 / np.maximum(n - 1 if unbiased else n, 1)
+    weight = np.where(n > 0, momentum, 1)  # nothing valid: the state stays
+    return Result(y, weight * mean + (1 - weight) * batch_mean, weight * var + (1 - weight) * batch_var)
+
+
+def bn_train_grads(
+    dy,
+    x,
+    scale,
+    bias,
+    mean,
+    var,
+    *,
+    axis=-1,
+    epsilon=1e-5,
+    mask=None,
+    residual=None,
+    activation=None,
+    virtual_batch_size=None,
+):
+    """Gradients of sum(dy * y) with respect to x, scale, bias and residual.
+
+    With g = dy·act'(z), r = scale/std and sums over all n' normalised positions of a channel,
+    dx = r·(g − valid/n·(Σg + x̂·Σg·x̂)): every position is normalised, only valid ones moved the statistics.
+    """
+    x, scale, bias, mean, var, residual, dy = map(f64, (x, scale, bias, mean, var, residual, dy))
+    with np.errstate(invalid="ignore", over="ignore"):
+        xhat, rstd, n, valid = _normalized(x, mean, var, axis, epsilon, mask, virtual_batch_size)
+        xhat = np.where(valid | np.isfinite(xhat), xhat, 0)  # a masked NaN or Inf is nothing in derivatives
+        z = _back(_affine(xhat, scale, bias), x, axis) + (0 if residual is None else residual)
+        dz = dy * ACTIVATIONS[activation][1](z)
+    g = _grouped(dz, axis, virtual_batch_size)
+    sum_g, sum_gx = g.sum(1, keepdims=True), (g * xhat).sum(1, keepdims=True)
+    r = rstd * (1 if scale is None else scale)
+    dx = r * (g - valid / np.maximum(n, 1) * (sum_g + xhat * sum_gx))
+    return {
+        "x": _back(dx, x, axis),
+        "scale": sum_gx.sum((0, 1)),
+        "bias": sum_g.sum((0, 1)),
+        "residual": dz,
+    }
+
+
+def bn_eval(x, scale, bias, mean, var, *, axis=-1, epsilon=1e-5, residual=None, activation=None):
+    return bn_train(
+        x,
+        scale,
+        bias,
+        mean,
+        var,
+        axis=axis,
+        epsilon=epsilon,
+        residual=residual,
+        activation=activation,
+        mask=np.zeros((1,) * np.ndim(x), bool),  # nothing valid: the running state normalises
+    ).y
+
+
+def bn_eval_grads(dy, x, scale, bias, mean, var, *, axis=-1, epsilon=1e-5, residual=None, activation=None):
+    """Gradients of sum(dy * y), here of the running mean and variance too."""
+    grads = bn_train_grads(
+        dy,
+        x,
+        scale,
+        bias,
+        mean,
+        var,
+        axis=axis,
+        epsilon=epsilon,
+        residual=residual,
+        activation=activation,
+        mask=np.zeros((1,) * np.ndim(x), bool),
+    )
+    rstd = 1 / np.sqrt(f64(var) + epsilon)
+    r = rstd * (1 if scale is None else f64(scale))
+    return grads | {"mean": -r * grads["bias"], "var": -0.5 * r * rstd * grads["scale"]}
+
+
+def _normalized(x, mean, var, axis, epsilon, mask, virtual_batch_size):
+    """x̂ (G, M, C), its 1/std and count (G, 1, C), and validity (G, M, C), for G virtual batches of M rows."""
+    rows = _grouped(x, axis, virtual_batch_size)
+    valid = _grouped(_full(mask, x), axis, virtual_batch_size) != 0
+    n, batch_mean, m2 = _moments(rows, valid)
+    center = np.where(n > 0, batch_mean, mean)
+    rstd = 1 / np.sqrt(np.where(n > 0, m2 / np.maximum(n, 1), var) + epsilon)
+    return (rows - center) * rstd, rstd, n, valid
+
+
+def _moments(rows, valid):
+    n = valid.sum(1, keepdims=True, dtype=np.float64)
+    mean = np.where(valid, rows, 0).sum(1, keepdims=True) / np.maximum(n, 1)
+    with np.errstate(invalid="ignore", over="ignore"):
+        m2 = np.where(valid, (rows - mean) ** 2, 0).sum(1, keepdims=True)
+    return n, mean, m2
+
+
+def _affine(xhat, scale, bias):
+    return xhat * (1 if scale is None else scale) + (0 if bias is None else bias)
+
+
+def _full(mask, x):
+    return np.ones(np.shape(x)) if mask is None else np.broadcast_to(mask, np.shape(x)).astype(float)
+
+
+def _rows(a, axis):
+    return _grouped(a, axis, None)
+
+
+def _grouped(a, axis, virtual_batch_size):
+    """(G, M, C): channels last, the first other axis cut into runs of `virtual_batch_size`."""
+    a = np.moveaxis(f64(a), axis, -1)
+    groups = a.shape[0] // virtual_batch_size if virtual_batch_size else 1
+    return a.reshape(groups, int(np.prod(a.shape[:-1])) // groups, a.shape[-1])
+
+
+def _back(rows, x, axis):
+    shape = np.moveaxis(np.asarray(x), axis, -1).shape
+    return np.moveaxis(rows.reshape(shape), -1, axis)
+
+
+def tolerance(dtype, n=1):
+    """Rounding to `dtype`, plus a sum over n elements accumulated in no less than float32."""
+    eps = float(ml_dtypes.finfo(dtype).eps)
+    accumulator = min(eps, float(np.finfo(np.float32).eps))
+    return 4 * eps + 4 * accumulator * np.sqrt(n)
+
+
+def assert_close(got, want, dtype=None, n=1, factor=1.0):
+    """To each value, and to the largest finite one, where values cancel; NaN and Inf must be equal."""
+    dtype = np.asarray(got).dtype if dtype is None else dtype
+    got, want = f64(got), f64(want)
+    assert got.shape == want.shape, (got.shape, want.shape)
+    tol = factor * tolerance(dtype, n)
+    largest = np.max(np.abs(want), initial=1.0, where=np.isfinite(want))
+    np.testing.assert_allclose(got, want, rtol=tol, atol=tol * largest)

@@ -1,0 +1,88 @@
+"""What must not touch anything else: empty batches, masked and non-finite values, and repeatability."""
+
+import jax
+import numpy as np
+import oracle
+import pytest
+from cases import Case, Inputs, draw, evaluate, positional, train
+from oracle import ACTIVATIONS, assert_close
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+
+@pytest.mark.parametrize("shape, axis", [((0, 3), -1), ((0, 4, 3), -1), ((3, 0, 4), 0), ((0, 3, 4), 1)])
+def test_empty_batch_leaves_the_state(shape, axis):
+    case = Case(shape, axis)
+    inputs = draw(case)
+    y, state = jax.jit(train(case))(*inputs)
+    assert y.shape == shape
+    assert_same_bits(state, inputs.state)
+    assert jax.jit(evaluate(case))(inputs.arrays, inputs.state).shape == shape
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_nothing_valid_is_inference(momentum):
+    case = Case((6, 3), mask=(0,), momentum=momentum)
+    inputs = draw(case)._replace(mask=np.zeros((6, 1), bool))
+    y, state = jax.jit(train(case))(*inputs)
+    assert_close(y, oracle.bn_eval(*positional(inputs), **case.eval_options), factor=5)
+    assert_same_bits(state, inputs.state)
+
+
+def test_one_row_is_its_own_mean():
+    case = Case((1, 3), momentum=0.0)
+    inputs = draw(case)
+    y, state = jax.jit(train(case))(*inputs)
+    np.testing.assert_array_equal(y[0], inputs.arrays["bias"])
+    np.testing.assert_array_equal(state.mean, inputs.arrays["x"][0])
+    np.testing.assert_array_equal(state.var, 0)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("case", [Case((6, 4, 3)), Case((6, 3, 4), 1, virtual_batch_size=2, activation="silu")])
+def test_a_bad_channel_touches_no_other(case, bad):
+    inputs = draw(case)
+    spoiled = inputs.arrays | {"x": spoil(inputs.arrays["x"], case.axis, bad)}
+    others = np.array([0, 2])
+    f, g = jax.jit(train(case)), jax.jit(evaluate(case))
+    (y, state), (clean_y, clean_state) = f(spoiled, inputs.state), f(inputs.arrays, inputs.state)
+    evaluated = g(spoiled, inputs.state), g(inputs.arrays, inputs.state)
+    for got, want in ((y, clean_y), evaluated):
+        np.testing.assert_array_equal(*(np.take(np.asarray(a), others, case.axis) for a in (got, want)))
+    for got, want in zip(state, clean_state, strict=True):
+        np.testing.assert_array_equal(got[others], want[others])
+        assert not np.isfinite(got[1])
+
+
+def spoil(x, axis, bad):
+    """One element of channel 1."""
+    x = np.moveaxis(x.copy(), axis, -1)
+    x[(2, *(1,) * (x.ndim - 2), 1)] = bad
+    return np.moveaxis(x, -1, axis)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_what_is_masked_touches_no_other(act, bad):
+    case = Case((8, 3), mask=(0, 1), residual=True, activation=act, virtual_batch_size=4)
+    inputs = draw(case)
+    inputs.mask[0], inputs.mask[3, 1] = False, False  # a first row is where a pivot would be taken from
+    x, residual = (np.where(inputs.mask, inputs.arrays[k], bad) for k in ("x", "residual"))
+    inputs = Inputs(inputs.arrays | {"x": x, "residual": residual}, *inputs[1:])
+    y, state = jax.jit(train(case))(*inputs)
+    want = oracle.bn_train(*positional(inputs), mask=inputs.mask, residual=residual, **case.options)
+    assert_close(y[inputs.mask], want.y[inputs.mask], n=case.rows, factor=5)
+    assert_close(state.mean, want.mean, n=case.rows)
+    assert_close(state.var, want.var, n=case.rows)
+
+
+def test_same_executable_same_bits():
+    case = Case((512, 7), mask=(0,), residual=True, activation="silu")
+    inputs = draw(case)
+    f = jax.jit(train(case))
+    assert_same_bits(f(*inputs), f(*inputs))
+
+
+def assert_same_bits(got, want):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()

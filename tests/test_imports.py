@@ -1,0 +1,141 @@
+"""What imports what: arrows point down, and the base import stays light."""
+
+import ast
+import graphlib
+import importlib.util
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+import jbn
+
+ROOT = Path(__file__).parent.parent
+LAYERS = [  # from the top: nothing reaches up, not even through a private helper that is not listed here
+    {"experiments"},
+    {"jbn.linen", "jbn.nnx"},
+    {"jbn"},  # and every public module that has no line of its own
+    {"jbn.functional"},
+    {"jbn._op", "jbn.moments"},
+    {"jbn._xla", "jbn._triton"},
+    {"jbn.kernels"},
+]
+RANK = {module: i for i, layer in enumerate(LAYERS) for module in layer}
+
+
+def modules():
+    """Name: path, of the package, its kernels and the experiments."""
+    for folder, package in (
+        (ROOT / "jbn", "jbn"),
+        (ROOT / "kernels", "jbn.kernels"),
+        (ROOT / "experiments", "experiments"),
+    ):
+        for path in sorted(folder.glob("*.py")):
+            yield (package if path.stem == "__init__" else f"{package}.{path.stem}"), path
+
+
+def imported(name, path, known):
+    """Full names that a module imports, at its top or inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = name if path.stem == "__init__" else name.rpartition(".")[0]
+            source = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            for alias in node.names:
+                submodule = f"{source}.{alias.name}"
+                yield submodule if submodule in known or source == "jax" else source
+
+
+FILES = dict(modules())
+IMPORTS = {name: set(imported(name, path, FILES)) for name, path in FILES.items()}
+
+
+def rank(module):
+    """Of the module, or of the package it is in; None for a private helper, which has whatever rank it reaches."""
+    package = next((p for p in ("jbn.kernels", "experiments") if module.startswith(p)), module)
+    return RANK.get(package, None if package.startswith("jbn._") else RANK["jbn"])
+
+
+def reached(module, seen):
+    """What importing the module imports of ours, at any depth."""
+    for target in IMPORTS[module] & FILES.keys() - seen:
+        seen.add(target)
+        reached(target, seen)
+    return seen
+
+
+def test_arrows_point_down():
+    for module in FILES:
+        ranks = {target: rank(target) for target in reached(module, set())}
+        up = [target for target, r in ranks.items() if None not in (r, rank(module)) and r < rank(module)]
+        assert not up, f"{module} reaches up to {up}"
+
+
+def test_no_cycles():
+    tuple(graphlib.TopologicalSorter({m: i & FILES.keys() for m, i in IMPORTS.items()}).static_order())
+
+
+@pytest.mark.parametrize(
+    "package, importers",
+    [
+        (
+            "flax",
+            {"jbn.linen", "jbn.nnx", "jbn._flax", "jbn._recalibrate_linen", "jbn._recalibrate_nnx", "experiments"},
+        ),
+        ("jax_triton", {"jbn._triton"}),
+        ("jbn.kernels", {"jbn._triton", "jbn.kernels"}),
+        ("triton", {"jbn._triton", "jbn.kernels"}),
+        ("jax._src", {"jbn._op", "jbn._primitive"}),
+        ("optax", {"experiments"}),
+        ("experiments", {"experiments"}),
+        ("kernels", set()),
+    ],
+)
+def test_only_these_import(package, importers):
+    for module, imports in IMPORTS.items():
+        uses = [i for i in imports if i == package or i.startswith(package + ".")]
+        home = any(module == m or module.startswith(m + ".") for m in importers)
+        assert home or not uses, f"{module} imports {uses}"
+
+
+def test_one_private_import_at_most():
+    private = [(m, i) for m, imports in IMPORTS.items() for i in imports if i.startswith("jax._src")]
+    assert len(private) <= 1, private
+
+
+def test_kernels_know_no_jax():
+    for module, imports in IMPORTS.items():
+        if module.startswith("jbn.kernels"):
+            assert not any(i.split(".")[0] in ("jax", "jax_triton", "numpy", "flax") for i in imports), module
+
+
+def test_the_base_import_is_light():
+    code = "import sys, jbn; print(*{m.split('.')[0] for m in sys.modules} & {'flax', 'triton', 'jax_triton', 'optax'})"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == ""
+
+
+def test_surface():
+    """Names, order and defaults of arguments are the contract."""
+    want = {
+        jbn.bn_init: "(num_features, *, use_scale=True, use_bias=True, dtype)",
+        jbn.bn_train: "(params, state, x, *, axis=-1, momentum=0.99, epsilon=1e-05, mask=None, residual=None, "
+        "activation=None, dtype=None, virtual_batch_size=None, unbiased=False, axis_name=None, "
+        "axis_index_groups=None, implementation=None)",
+        jbn.bn_eval: "(params, state, x, *, axis=-1, epsilon=1e-05, residual=None, activation=None, "
+        "dtype=None, implementation=None)",
+        jbn.moments: "(x, *, axis=-1, mask=None, axis_name=None)",
+    }
+    for function, signature in want.items():
+        parameters = [
+            p.replace(annotation=p.empty, default=p.empty if p.default is jnp.float32 else p.default)
+            for p in inspect.signature(function).parameters.values()
+        ]
+        assert str(inspect.Signature(parameters)) == signature
+    assert jbn.BNParams._fields == ("scale", "bias")
+    assert jbn.BNState._fields == ("mean", "var")
+    assert jbn.Moments._fields == ("count", "mean", "m2")

@@ -1,0 +1,188 @@
+"""Several named axes at once, and jit over sharded arrays, where statistics are global without a name."""
+
+import functools
+import re
+
+import jax
+import numpy as np
+import oracle
+import pytest
+from cases import Case, draw, positional, train
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from oracle import assert_close
+
+import jbn
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+CASE = Case((16, 4, 6, 4), mask=(0, 1), residual=True, activation="relu")
+AXES = ("a", "b")
+
+
+@pytest.fixture
+def mesh(devices):
+    return Mesh(np.array(devices).reshape(4, 2), AXES)
+
+
+@functools.cache
+def inputs():
+    drawn = draw(CASE)
+    drawn.mask[4:8] = False
+    return drawn
+
+
+@functools.cache
+def cotangent():
+    return np.random.default_rng(7).normal(size=CASE.shape).astype(np.float32)
+
+
+def oracles(rows=slice(None)):
+    arrays, _, mask = inputs()
+    part = inputs()._replace(arrays=arrays | {k: arrays[k][rows] for k in ("x", "residual")}, mask=mask[rows])
+    args, options = positional(part), dict(mask=part.mask, residual=part.arrays["residual"])
+    values = oracle.bn_train(*args, **options, **CASE.options)
+    return values, oracle.bn_train_grads(cotangent()[rows], *args, **options, **CASE.normalize_options)
+
+
+def gradients(f):
+    """y, state and gradients of sum(y · dy), in one executable."""
+
+    def total(arrays, state, mask, dy):
+        y, new = f(arrays, state, mask)
+        return (y * dy).sum(), (y, new)
+
+    return jax.jit(jax.grad(total, has_aux=True))
+
+
+def check(got, rows=slice(None)):
+    grads, (y, state) = got
+    want, want_grads = oracles(rows)
+    assert_close(y, want.y, n=CASE.rows, factor=5)
+    assert_close(state.mean, want.mean, n=CASE.rows)
+    assert_close(state.var, want.var, n=CASE.rows)
+    for key, value in grads.items():
+        assert_close(value, want_grads[key], n=CASE.rows, factor=10)
+
+
+def arrays_specs(spec):
+    return {k: spec if k in ("x", "residual") else P() for k in inputs().arrays}
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("rows", [P(AXES), P("b", "a")], ids=["rows over both", "rows and columns"])
+def test_two_names(mesh, check_vma, rows):
+    f = jax.shard_map(
+        train(CASE, axis_name=AXES),
+        mesh=mesh,
+        in_specs=(arrays_specs(rows), P(), rows),
+        out_specs=(rows, P()),
+        check_vma=check_vma,
+    )
+    check(gradients(f)(*inputs(), cotangent()))
+
+
+@pytest.mark.parametrize("name", AXES)
+def test_one_of_two_names(mesh, name):
+    """Members along the other axis stay apart."""
+    f = jax.shard_map(
+        lambda *args: jax.tree.map(lambda s: s[None] if s.ndim == 1 else s, train(CASE, axis_name=name)(*args)),
+        mesh=mesh,
+        in_specs=(arrays_specs(P(AXES)), P(), P(AXES)),
+        out_specs=(P(AXES), P("b" if name == "a" else "a")),
+    )
+    y, state = jax.jit(f)(*inputs())
+    rows = np.arange(16).reshape(4, 2, 2)  # a, b, own rows
+    for i, members in enumerate(np.moveaxis(rows, 1, 0) if name == "a" else rows):
+        want, _ = oracles(members.ravel())
+        assert_close(np.asarray(y)[members.ravel()], want.y, n=CASE.rows, factor=5)
+        assert_close(state.mean[i], want.mean, n=CASE.rows)
+        assert_close(state.var[i], want.var, n=CASE.rows)
+
+
+def vmapped(f, name, size):
+    """Rows cut in `size` parts, as members of a vmapped axis; the state of the first."""
+    axes = {k: 0 if k in ("x", "residual") else None for k in inputs().arrays}
+    mapped = jax.vmap(f, in_axes=(axes, None, 0), axis_name=name)
+
+    def g(arrays, state, mask):
+        cut = lambda a: a.reshape(size, -1, *a.shape[1:])  # noqa: E731
+        y, new = mapped({k: cut(a) if axes[k] == 0 else a for k, a in arrays.items()}, state, cut(mask))
+        return y.reshape(-1, *y.shape[2:]), jax.tree.map(lambda s: s[0], new)
+
+    return g
+
+
+def test_two_vmaps():
+    check(gradients(vmapped(vmapped(train(CASE, axis_name=AXES), "b", 2), "a", 4))(*inputs(), cotangent()))
+
+
+def test_vmap_within_shard_map(devices):
+    f = jax.shard_map(
+        vmapped(train(CASE, axis_name=AXES), "b", 2),
+        mesh=Mesh(np.array(devices), ("a",)),
+        in_specs=(arrays_specs(P("a")), P(), P("a")),
+        out_specs=(P("a"), P()),
+        check_vma=False,  # checked, jax itself has no collective over a vmapped axis
+    )
+    check(gradients(f)(*inputs(), cotangent()))
+
+
+def test_plain_vmap_within_shard_map(devices):
+    """Batches of batches: those of one vmap index share statistics over devices, and no others."""
+    x = np.stack([inputs().arrays["x"], 3 * inputs().arrays["x"] + 1])
+    _, state, mask = inputs()
+    params = jbn.BNParams(inputs().arrays["scale"], inputs().arrays["bias"])
+
+    def local(x, mask):
+        return jax.vmap(lambda x: jbn.bn_train(params, state, x, mask=mask, axis_name="a"))(x)
+
+    f = jax.shard_map(
+        local, mesh=Mesh(np.array(devices), ("a",)), in_specs=(P(None, "a"), P("a")), out_specs=(P(None, "a"), P())
+    )
+    y, new = jax.jit(f)(x, mask)
+    for i in range(2):
+        want = oracle.bn_train(x[i], *params, *state, mask=mask)
+        assert_close(y[i], want.y, n=CASE.rows, factor=5)
+        assert_close(new.mean[i], want.mean, n=CASE.rows)
+        assert_close(new.var[i], want.var, n=CASE.rows)
+
+
+SHARDINGS = {
+    "batch": P("a"),
+    "batch, over both": P(AXES),
+    "space": P(None, "a", "b"),
+    "batch and space": P("b", "a"),
+    "channels": P(None, None, None, "a"),
+    "batch and channels": P("a", None, None, "b"),
+}
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_jit_over_sharded_arrays(mesh, sharding):
+    spec = SHARDINGS[sharding]
+    place = lambda a: jax.device_put(a, NamedSharding(mesh, spec))  # noqa: E731
+    arrays, state, mask = inputs()
+    arrays = arrays | {k: place(arrays[k]) for k in ("x", "residual")}
+    args = arrays, state, mask, place(cotangent())
+    f = gradients(train(CASE))
+    check(f(*args))
+    hlo = f.lower(*args).compile().as_text()
+    largest = max([0, *(elements(shape) for shape in re.findall(r"= \w+\[([\d,]*)\]\S* all-gather", hlo))])
+    assert largest < np.prod(CASE.shape) / 8, "nothing of x's size is gathered"
+
+
+def elements(shape):
+    return int(np.prod([int(n) for n in shape.split(",") if n]))
+
+
+@pytest.mark.parametrize("sharding", ["batch", "batch and channels", "space"])
+def test_explicit_mesh(devices, sharding):
+    kinds = (jax.sharding.AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((4, 2), AXES, axis_types=kinds, devices=devices)
+    spec = SHARDINGS[sharding]
+    with jax.set_mesh(mesh):
+        place = lambda a: jax.device_put(a, NamedSharding(mesh, spec))  # noqa: E731
+        arrays, state, mask = inputs()
+        arrays = arrays | {k: place(arrays[k]) for k in ("x", "residual")}
+        check(gradients(train(CASE))(arrays, state, mask, place(cotangent())))
