@@ -43,7 +43,7 @@ def gather(value: jax.Array, sync: Sync) -> jax.Array:
     if manual:
         # unchecked, JAX knows of nothing that varies, and the transpose of an "invarying" gather would be wrong
         checked = not jax.typeof(value).mat.varying.isdisjoint(manual)
-        every = lax.all_gather(value, manual, **({"to": "invarying"} if checked else {}))
+        every = lax.all_gather(value, manual, to="invarying" if checked else "varying")
     for name in sync.names:
         if name not in manual:  # vmap gathers one axis at a time
             every = lax.all_gather(every, name)
