@@ -1,12 +1,14 @@
 """README's examples run, and its commands are where CI looks for them."""
 
+import json
 import re
 from pathlib import Path
 
 import jax
 import pytest
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -25,3 +27,17 @@ def test_there_are_examples_of_each_interface():
 def test_commands_are_marked(name):
     (block,) = re.findall(rf"<!-- command: {name} -->\n```sh\n(.*?)\n```", README, re.DOTALL)
     assert block.startswith("python3 -m venv .venv && ")
+
+
+def test_speed_is_what_was_measured():
+    results = json.loads((ROOT / "experiments/results/cpu/speed.json").read_text(encoding="utf-8"))
+    means = results["summary"]["speedup_geometric_mean"]
+    shown = " | ".join(f"{means[name]:.2f}×" for name in ("jbn.bn_train", "jbn.linen", "torch"))
+    assert f"| geometric mean | | {shown} |" in README
+
+
+def test_digits_are_what_was_measured():
+    results = json.loads((ROOT / "experiments/results/cpu/digits.json").read_text(encoding="utf-8"))
+    for row in results["rows"]:
+        accuracy = f"{100 * row['accuracy_mean']:.1f} ± {100 * row['accuracy_deviation']:.1f}"
+        assert re.search(rf"\| {row['learning_rate']:g} \| {row['network']} \| .* \| {accuracy} \|", README)
