@@ -17,6 +17,7 @@ IMPLEMENTATIONS = (None, "xla", "triton")
 
 def check_input(x) -> jax.Array:
     """x as an array of a supported dtype and rank ≥ 1."""
+    x = x if hasattr(x, "dtype") else jnp.asarray(x)
     dtype = jnp.result_type(x)
     if dtype.name not in FLOATS:
         remedy = "cast it, e.g. x.astype(jnp.float32)"
@@ -97,7 +98,7 @@ def check_vectors(name: str, value, kind: type, channels: int, x, axis):
 
 
 def check_activation(activation) -> str | None:
-    if activation is not None and activation not in ACTIVATIONS:
+    if activation is not None and activation not in tuple(ACTIVATIONS):
         raise ValueError(
             f"activation is {activation!r}, expected None or one of {', '.join(ACTIVATIONS)}: "
             "apply any other to the output of batch norm"
@@ -107,10 +108,13 @@ def check_activation(activation) -> str | None:
 
 def check_dtype(dtype) -> jnp.dtype:
     """A supported dtype (float64 counts as float32 while JAX has 64 bits off)."""
-    dtype = jax.dtypes.canonicalize_dtype(dtype)
-    if dtype.name not in FLOATS:
-        raise TypeError(f"dtype is {dtype.name}, expected one of {', '.join(FLOATS)}: cast the output instead")
-    return dtype
+    try:
+        known = jax.dtypes.canonicalize_dtype(dtype)
+    except TypeError:
+        raise TypeError(f"dtype is {dtype!r}, expected one of {', '.join(FLOATS)}: give one of these") from None
+    if known.name not in FLOATS:
+        raise TypeError(f"dtype is {known.name}, expected one of {', '.join(FLOATS)}: give one of these")
+    return known
 
 
 def check_features(num_features) -> int:
@@ -125,17 +129,26 @@ def check_features(num_features) -> int:
 
 def check_implementation(implementation) -> None:
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation is {implementation!r}, expected None, 'xla' or 'triton'")
+        raise ValueError(
+            f"implementation is {implementation!r}, expected None, 'xla' or 'triton': None chooses by itself"
+        )
 
 
 def check_between(name: str, value, low: float, high: float):
-    """A scalar in [low, high]; checked where its value is known at tracing."""
-    if jnp.ndim(value) != 0:
-        raise ValueError(f"{name} has shape {jnp.shape(value)}, expected a scalar")
-    if not isinstance(value, core.Tracer):
-        if not low <= float(value) <= high:
-            bounds = f"in [{low:g}, {high:g}]" if math.isfinite(high) else f">= {low:g} and finite"
-            raise ValueError(f"{name} is {value}, expected a number {bounds}")
+    """A real scalar in [low, high], and finite; checked where its value is known at tracing."""
+    bounds = f"in [{low:g}, {high:g}]" if math.isfinite(high) else f">= {low:g} and finite"
+    if getattr(value, "shape", ()) != ():
+        raise ValueError(f"{name} has shape {value.shape}, expected a scalar: take one of its entries")
+    if isinstance(value, core.Tracer):
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise TypeError(f"{name} has dtype {value.dtype}, expected a float scalar: cast it")
+        return value
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} is {value!r}, expected a real number {bounds}: give one, or a float scalar") from None
+    if not (low <= number <= high and math.isfinite(number)):
+        raise ValueError(f"{name} is {value}, expected a number {bounds}: give one")
     return value
 
 
@@ -157,7 +170,8 @@ def check_virtual(size, x, channel: int) -> tuple[int, int] | None:
             f"virtual_batch_size is {size}, which does not divide the {x.shape[examples]} examples of x of shape "
             f"{x.shape}: give a divisor, or drop the examples left over"
         )
-    return examples, size
+    # of no examples there is no virtual batch, and the whole is as good
+    return (examples, size) if x.shape[examples] else None
 
 
 def check_names(axis_name, groups) -> tuple[tuple[str, ...], Groups]:

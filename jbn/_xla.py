@@ -89,6 +89,7 @@ def tangent(plan: Plan, x, coef: Coefficients, residual, mask, moved):
 def gradient_sums(plan: Plan, x, coef: Coefficients, residual, mask, dy):
     """`Σ z̄, Σ z̄ · x̂` over the rows of each channel, where z̄ = activation'(z) · ȳ."""
     map_ = _map(plan, x, coef, jnp.greater_equal)
+    dy = _seen(x, dy, mask)
     centred = _centred(x, map_, mask)
     dz = _through_activation(plan, dy, centred, map_, coef, residual, mask)
     axes = rows(plan, x.ndim)
@@ -98,6 +99,7 @@ def gradient_sums(plan: Plan, x, coef: Coefficients, residual, mask, dy):
 def gradient_input(plan: Plan, x, coef: Coefficients, residual, mask, dy, sums):
     """x̄ = scale · rstd · (z̄ − [mask] · (Σz̄ + x̂ · Σz̄x̂) / count), and z̄ behind it where there is a residual."""
     map_ = _map(plan, x, coef)
+    dy = _seen(x, dy, mask)
     centred = _centred(x, map_, mask)
     dz = dx = _through_activation(plan, dy, centred, map_, coef, residual, mask)
     if plan.centred:
@@ -122,6 +124,13 @@ def _map(plan: Plan, x, coef: Coefficients, above=jnp.greater) -> _Map:
     # then written to memory at x's size and read again; made to look different it is computed in either for nothing.
     mean = choose(above(rstd, 0), coef.mean, 0)
     return _Map(*(_spread(plan, v, x.ndim) for v in (mean, rstd, slope)))
+
+
+def _seen(x, dy, mask):
+    """ȳ; 0 where it is not finite because x, masked, is not: 0 · NaN of a loss that masks y after squaring it."""
+    if mask is None:
+        return dy
+    return choose(mask | jnp.isfinite(x) | jnp.isfinite(dy), dy, 0)
 
 
 def _centred(x, map_: _Map, mask):

@@ -209,10 +209,11 @@ def _moved(state: BNState, seen: Moments, momentum, unbiased: bool) -> BNState:
     """momentum · state + (1 − momentum) · statistics, where there were any; without gradient, in the state's dtypes."""
 
     def move(old, new):
-        weight = momentum if isinstance(momentum, float | int) else jnp.asarray(momentum).astype(new.dtype)
-        keep, take = (jnp.where(seen.count > 0, w, otherwise) for w, otherwise in ((weight, 1), (1 - weight, 0)))
         old = jnp.asarray(old)
-        mixed = keep.astype(new.dtype) * old.astype(new.dtype) + take.astype(new.dtype) * new
+        kind = compute_dtype(old.dtype if old.dtype == jnp.float64 else new.dtype)
+        weight = momentum if isinstance(momentum, float | int) else jnp.asarray(momentum).astype(kind)
+        keep, take = (jnp.where(seen.count > 0, w, otherwise) for w, otherwise in ((weight, 1), (1 - weight, 0)))
+        mixed = keep.astype(kind) * old.astype(kind) + take.astype(kind) * new.astype(kind)
         return lax.stop_gradient(mixed.astype(old.dtype))
 
     return BNState(move(state.mean, seen.mean), move(state.var, seen.variance(unbiased)))

@@ -47,10 +47,18 @@ def merge(*parts: Moments) -> Moments:
     (Chan, Golub, LeVeque 1979, eq. 2.1). Exact to rounding in any order and grouping.
 
     Raises:
-      ValueError: without arguments.
+      TypeError, ValueError: without arguments, or for one that is not `Moments` of the same channels.
     """
     if not parts:
         raise ValueError("merge got no moments: give at least one, the channels of nothing are unknown")
+    for part in parts:
+        if not isinstance(part, Moments):
+            raise TypeError(f"merge got a {type(part).__name__}, expected jbn.Moments: call merge(*parts) for a list")
+        if jnp.shape(part.mean) != jnp.shape(parts[0].mean):
+            raise ValueError(
+                f"merge got means of shapes {jnp.shape(parts[0].mean)} and {jnp.shape(part.mean)}, expected the same "
+                "channels in each: take all moments along the same axis"
+            )
     return reduce(merge_two, parts)
 
 

@@ -1,11 +1,14 @@
 """What must not touch anything else: empty batches, masked and non-finite values, and repeatability."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
 from cases import Case, Inputs, draw, evaluate, positional, train
 from oracle import ACTIVATIONS, assert_close
+
+import jbn
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -86,3 +89,28 @@ def test_same_executable_same_bits():
 def assert_same_bits(got, want):
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_no_examples_have_no_virtual_batches():
+    params, state = jbn.bn_init(3)
+    y, new = jbn.bn_train(params, state, np.zeros((0, 3), np.float32), virtual_batch_size=4)
+    assert y.shape == (0, 3)
+    np.testing.assert_array_equal(new.mean, state.mean)
+    np.testing.assert_array_equal(new.var, state.var)
+
+
+def test_a_loss_that_squares_before_it_masks():
+    """Its cotangent at a masked NaN is 0 · NaN, which must stay there."""
+    params, state = jbn.bn_init(3)
+    x = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+    mask = np.arange(6)[:, None] != 2
+    bad = np.where(mask, x, np.nan).astype(np.float32)
+
+    def loss(params, x):
+        y, _ = jbn.bn_train(params, state, x, mask=mask, activation="silu")
+        return jnp.where(mask, y**2, 0).sum()
+
+    got, want = (jax.grad(loss, (0, 1))(params, a) for a in (bad, x))
+    np.testing.assert_allclose(got[0].scale, want[0].scale, rtol=1e-5)
+    np.testing.assert_allclose(got[0].bias, want[0].bias, rtol=1e-5)
+    np.testing.assert_allclose(got[1][mask[:, 0]], want[1][mask[:, 0]], atol=1e-6)
