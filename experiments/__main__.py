@@ -1,72 +1,56 @@
-"""The command line: `python -m experiments [NAME] [--seed N] [--out DIR] [--quick]`."""
+"""The command line: `python -m experiments [NAME | all | list | report] [--seed N] [--out DIR] [--quick]`."""
 
 import argparse
-import ast
 import difflib
-import importlib
 import os
 import sys
+import time
+import traceback
 from pathlib import Path
-from typing import Any
 
-from experiments.record import MissingPackage, Options, Results, require
+from experiments import catalog
+from experiments.record import MissingPackage, Options, Results
 
 MAIN_JOB = "digits"
+COMMANDS = {
+    "all": "every experiment on a claim, one after the other, then the report",
+    "list": "the experiments there are",
+    "report": "one HTML page and one table from the results in --out",
+}
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+Entries = dict[str, catalog.Entry]
 
 
-def discover(folder: Path = Path(__file__).parent) -> dict[str, str]:
-    """Name → claim of each experiment: a file with a `run` function; its docstring's first line.
-
-    Files are parsed, not imported, so that listing is quick and needs no optional package.
-    """
-    found = {}
-    for path in sorted(folder.glob("*.py")):
-        if has_function(path, "run"):
-            claim = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-            found[path.stem] = claim.partition("\n")[0]
-    return found
+def listing(entries: Entries) -> str:
+    """Every experiment and what it is about, a line each."""
+    width = max(map(len, entries))
+    return "\n".join(f"{name:{width}}  {entry.says}" for name, entry in entries.items())
 
 
-def has_function(path: Path, name: str) -> bool:
-    """Whether a file defines a function, without importing it."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    return any(isinstance(node, ast.FunctionDef) and node.name == name for node in tree.body)
-
-
-def load(name: str) -> Any:
-    """The experiment's module.
-
-    Raises:
-      MissingPackage: what it needs is not installed.
-    """
-    require("jax", "flax", "optax", "rich", "matplotlib")
-    return importlib.import_module(f"experiments.{name}")
-
-
-def parse(arguments: list[str], experiments: dict[str, str]) -> tuple[str, Options]:
-    """The experiment asked for, and its options; exits with a message where they make no sense."""
-    width = max(map(len, experiments))
+def parse(arguments: list[str], entries: Entries) -> tuple[str, Options]:
+    """The experiment or command asked for, and its options; exits with a message where they make no sense."""
+    commands = "\n".join(f"{name:{max(map(len, COMMANDS))}}  {does}" for name, does in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="python -m experiments",
         description="Runs one experiment: prints a table, and writes NAME.json, .csv, .png and .svg.",
-        epilog="experiments:\n" + "\n".join(f"  {name:{width}}  {claim}" for name, claim in experiments.items()),
+        epilog=f"instead of a name:\n{commands}\n\nexperiments:\n{listing(entries)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", nargs="?", default=MAIN_JOB, help=f"which experiment, or `list` (default: {MAIN_JOB})")
+    parser.add_argument("name", nargs="?", default=MAIN_JOB, help=f"of an experiment (default: {MAIN_JOB})")
     parser.add_argument("--seed", type=int, default=0, help="of all that is random (default: 0)")
     parser.add_argument(
         "--out", type=Path, default=Path("results"), help="folder for what is written (default: results)"
     )
     parser.add_argument("--quick", action="store_true", help="a few seconds to check that everything works")
-    named = next((each for each in arguments if each in experiments), MAIN_JOB)
-    if has_function(Path(__file__).with_name(f"{named}.py"), "arguments"):
-        load(named).arguments(parser.add_argument_group(f"of {named} alone"))
+    named = next((each for each in arguments if each in entries), MAIN_JOB)
+    if "arguments" in entries[named].defines:
+        catalog.load(entries[named]).arguments(parser.add_argument_group(f"of {named} alone"))
     given = parser.parse_args(arguments)
-    if given.name != "list" and given.name not in experiments:
-        near = difflib.get_close_matches(given.name, experiments, 1)
+    known = {**entries, **COMMANDS}
+    if given.name not in known:
+        near = difflib.get_close_matches(given.name, known, 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        parser.error(f"no experiment is called {given.name!r}: {hint}there are {', '.join(experiments)}")
+        parser.error(f"no experiment is called {given.name!r}: {hint}there are {', '.join(entries)}")
     if not 0 <= given.seed < 2**32:
         parser.error(f"--seed must be from 0 to 2**32 - 1, got {given.seed}")
     if given.out.exists() and not given.out.is_dir():
@@ -82,9 +66,9 @@ def restart_with(variables: dict[str, str]) -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **unset})
 
 
-def execute(name: str, options: Options) -> int:
+def execute(name: str, entry: catalog.Entry, options: Options) -> int:
     """Runs an experiment and saves what it found, all of it or what was finished; returns the exit status."""
-    experiment = load(name)
+    experiment = catalog.load(entry)
     restart_with(getattr(experiment, "ENVIRONMENT", {}))
     from rich.console import Console
 
@@ -105,16 +89,78 @@ def execute(name: str, options: Options) -> int:
     return 0 if results.complete else INTERRUPTED
 
 
+def investigate(name: str, entry: catalog.Entry, options: Options) -> int:
+    """Runs an experiment on a claim; returns the exit status.
+
+    Interrupted, it writes no verdict: the parts that are finished are kept, and the same command goes on there.
+    """
+    experiment = catalog.load(entry)
+    from rich.console import Console
+
+    from experiments import study
+
+    results = Results(name)
+    try:
+        study.run(experiment, options, results)
+    except KeyboardInterrupt:
+        kept = f"{len(results.rows)} finished parts are kept: the same command goes on from there"
+        print(f"\ninterrupted; {kept}", file=sys.stderr)
+        return INTERRUPTED
+    results.complete = True
+    Console().print(study.table(results))
+    print(f"wrote {', '.join(map(str, results.save(options.out, experiment.figure)))}")
+    return 0
+
+
+def investigate_all(entries: Entries, options: Options) -> int:
+    """Runs every experiment on a claim, then reports; one that fails is told at the end and stops no other."""
+    import jax
+
+    claims = {name: entry for name, entry in entries.items() if entry.is_claim}
+    started, failed = time.perf_counter(), []
+    for name, entry in claims.items():
+        print(f"\n{name}: {entry.says}", flush=True)
+        try:
+            if investigate(name, entry, options) == INTERRUPTED:
+                return INTERRUPTED
+        except MissingPackage:
+            raise
+        except Exception:
+            traceback.print_exc()
+            failed.append(name)
+        jax.clear_caches()  # what one experiment compiled is of no use to the next
+    print(f"\n{len(claims)} experiments in {(time.perf_counter() - started) / 60:.1f} minutes")
+    status = report(options.out)
+    if failed:
+        print(f"error: failed, as told above: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else status
+
+
+def report(out: Path) -> int:
+    """Writes the report on the results in a folder; returns the exit status."""
+    from experiments.report import NothingToReport, write
+
+    try:
+        print(f"wrote {', '.join(map(str, write(out)))}")
+    except NothingToReport as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 def main(arguments: list[str]) -> int:
     """Runs the command line; returns the exit status."""
-    experiments = discover()
+    entries = catalog.discover()
     try:
-        name, options = parse(arguments, experiments)
+        name, options = parse(arguments, entries)
         if name == "list":
-            for name, claim in experiments.items():
-                print(f"{name:{max(map(len, experiments))}}  {claim}")
+            print(listing(entries))
             return 0
-        return execute(name, options)
+        if name == "all":
+            return investigate_all(entries, options)
+        if name == "report":
+            return report(options.out)
+        return (investigate if entries[name].is_claim else execute)(name, entries[name], options)
     except MissingPackage as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -13,7 +13,8 @@ import numpy as np
 import optax
 from jax import Array
 
-from experiments.data import Digits, load_digits
+from experiments.data import Split
+from experiments.data.digits import load_digits
 from experiments.models import DigitsCNN
 from experiments.plots import BLUE, DASHES, GAP, GREY, VERMILION, band, pyplot
 from experiments.record import Options, Results, progress
@@ -43,7 +44,7 @@ def run(options: Options, results: Results) -> None:
         "target_accuracy": TARGET,
         "features": features,
     }
-    digits = Digits(*map(jax.device_put, load_digits()))
+    digits = Split(*map(jax.device_put, load_digits()))
     keys = jax.random.split(jax.random.key(options.seed), seeds)
     with progress(len(NETWORKS) * len(rates)) as step:
         for network, model in NETWORKS.items():
@@ -54,10 +55,10 @@ def run(options: Options, results: Results) -> None:
                 results.rows.append(row(network, rate, history, schedule.evaluate_every))
 
 
-def sweep(model: DigitsCNN, schedule: Schedule) -> Callable[[Array, Any, Digits], History]:
+def sweep(model: DigitsCNN, schedule: Schedule) -> Callable[[Array, Any, Split], History]:
     """A jitted function of keys (seeds,), a learning rate and data: the History of every seed."""
 
-    def runs(keys: Array, rate: Any, digits: Digits) -> History:
+    def runs(keys: Array, rate: Any, digits: Split) -> History:
         return jax.vmap(lambda key: train(model, optax.sgd(rate), digits, key, schedule))(keys)
 
     return jax.jit(runs)
@@ -66,7 +67,7 @@ def sweep(model: DigitsCNN, schedule: Schedule) -> Callable[[Array, Any, Digits]
 def row(network: str, rate: float, history: History, evaluate_every: int) -> dict[str, Any]:
     """What one network did at one learning rate: `history` has a leading axis of seeds."""
     loss = np.asarray(history.loss, np.float64)
-    accuracy = np.asarray(history.accuracy, np.float64).round(6)  # 0.9, not float32's 0.8999999762
+    accuracy = np.asarray(history.found, np.float64).round(6)  # 0.9, not float32's 0.8999999762
     above = accuracy >= TARGET
     steps = [int(evaluate_every * (1 + curve.argmax())) if curve.any() else None for curve in above]
     reached = [count for count in steps if count is not None]

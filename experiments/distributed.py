@@ -25,7 +25,8 @@ from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments.data import Digits, load_digits
+from experiments.data import Split
+from experiments.data.digits import load_digits
 from experiments.models import DigitsCNN
 from experiments.plots import BLUE, VERMILION, pyplot
 from experiments.record import Options, Results
@@ -101,11 +102,11 @@ def loss_curve(seed: int, schedule: Schedule) -> np.ndarray:
         )
     model = SplitBatch(DigitsCNN(), mesh)
     everywhere = NamedSharding(mesh, P())
-    digits = Digits(*(jax.device_put(part, everywhere) for part in load_digits()))
+    digits = Split(*(jax.device_put(part, everywhere) for part in load_digits()))
     key = jax.device_put(jax.random.key_data(jax.random.key(seed)), everywhere)
 
     @jax.jit
-    def whole(key: jax.Array, digits: Digits) -> Any:
+    def whole(key: jax.Array, digits: Split) -> Any:
         return train(model, optax.sgd(LEARNING_RATE), digits, jax.random.wrap_key_data(key), schedule).loss
 
     return np.asarray(wait(whole(key, digits)), np.float64)

@@ -1,4 +1,4 @@
-"""Networks whose norm is a constructor argument: a small CNN for digits, and ImageNet's ResNet-50.
+"""Networks whose norm is a constructor argument: small ones for digits, and ImageNet's ResNet-50.
 
 Each takes Flax's BatchNorm as well as ours: what is imported as BatchNorm is all that changes.
 """
@@ -55,6 +55,31 @@ class DigitsCNN(nn.Module):
                 x = self.norm(use_running_average=not train, momentum=MOMENTUM, epsilon=EPSILON)(x)
             x = nn.relu(x)
         return nn.Dense(10)(x.reshape(x.shape[0], -1))
+
+
+class MLP(nn.Module):
+    """Dense layers, each followed by `norm` (None: by nothing) and `activation`; then a dense layer to `outputs`.
+
+    With Flax's own initialization of weights unless `kernel_init` says otherwise. `x`: (n, ...); returns
+    (n, outputs). Cheap under `vmap` over networks, where a dense layer is a batched matrix product.
+    """
+
+    norm: Callable[..., Any] | None = BatchNorm
+    features: Sequence[int] = (100, 100, 100)
+    activation: Callable[[Array], Array] = nn.relu
+    kernel_init: Callable[..., Array] = nn.initializers.lecun_normal()
+    outputs: int = 10
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        x = x.reshape(x.shape[0], -1)
+        for features in self.features:
+            # a norm's own bias takes the place of the layer's
+            x = nn.Dense(features, use_bias=self.norm is None, kernel_init=self.kernel_init)(x)
+            if self.norm is not None:
+                x = self.norm(use_running_average=not train, momentum=MOMENTUM, epsilon=EPSILON)(x)
+            x = self.activation(x)
+        return nn.Dense(self.outputs)(x)
 
 
 STAGES = ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2))  # features, blocks, stride of the first block

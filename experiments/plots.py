@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import numpy as np
+
 from experiments.record import require
 
 # Okabe & Ito 2008: told apart with every common colour deficiency
@@ -60,3 +62,28 @@ def band(axes: Any, x: Any, mean: Any, deviation: Any, color: str, **line: Any) 
     """A curve, and mean ± deviation as a band around it."""
     axes.plot(x, mean, color=color, **line)
     axes.fill_between(x, mean - deviation, mean + deviation, color=color, alpha=0.2, linewidth=0)
+
+
+def lines(axes: Any, x: Any, curves: Any, color: str, label: str | None = None, **line: Any) -> None:
+    """The mean over seeds of `curves` (seeds, len(x)) with its 95 % bootstrap interval as a band.
+
+    `label` is written at the curve's right end, in its colour. Where a seed is None or NaN, so is the mean.
+    """
+    from scipy import stats
+
+    values = np.asarray(curves, np.float64)  # None becomes NaN
+    mean = values.mean(0)
+    axes.plot(x, mean, color=color, **line)
+    if len(values) > 1:
+        told = {"n_resamples": 999, "method": "percentile", "rng": np.random.default_rng(0)}
+        bounds = stats.bootstrap((values,), np.mean, axis=0, **told).confidence_interval
+        axes.fill_between(x, bounds.low, bounds.high, color=color, alpha=0.2, linewidth=0)
+    if label is not None and np.isfinite(mean).any():
+        last = np.flatnonzero(np.isfinite(mean))[-1]
+        name(axes, x[last], mean[last], label, color)
+
+
+def name(axes: Any, x: float, y: float, text: str, color: str, **where: Any) -> None:
+    """Writes `text` beside a point, in its curve's colour: what a legend would say, where the eye is."""
+    where = {"xytext": (4, 0), "va": "center", **where}
+    axes.annotate(text, (x, y), textcoords="offset points", color=color, weight="bold", annotation_clip=False, **where)

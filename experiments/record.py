@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 CHECKOUT = Path(__file__).resolve().parent.parent
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
@@ -56,6 +58,7 @@ class Results:
     rows: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     complete: bool = False
+    seconds: float | None = None  # None: since it was made
     started: float = field(default_factory=time.perf_counter)
 
     def save(self, out: Path, figure: Callable[["Results"], Any]) -> list[Path]:
@@ -65,14 +68,14 @@ class Results:
             "complete": self.complete,
             "configuration": self.configuration,
             "environment": environment(),
-            "seconds": round(time.perf_counter() - self.started, 2),
+            "seconds": round(time.perf_counter() - self.started, 2) if self.seconds is None else self.seconds,
             "summary": self.summary,
             "rows": self.rows,
         }
         out.mkdir(parents=True, exist_ok=True)
         paths = [out / f"{self.name}{suffix}" for suffix in (".json", ".csv", ".png", ".svg")]
         with replacing(paths[0]) as temporary:
-            text = json.dumps(finite(record), indent=1, ensure_ascii=False, allow_nan=False)
+            text = json.dumps(plain(record), indent=1, ensure_ascii=False, allow_nan=False)
             temporary.write_text(text + "\n", encoding="utf-8")
         with replacing(paths[1]) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             columns = [name for name, value in self.rows[0].items() if not isinstance(value, (list, dict))]
@@ -99,13 +102,25 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def finite(value: Any) -> Any:
-    """`value` with what JSON has no word for (NaN, infinities) as None."""
+def plain(value: Any) -> Any:
+    """`value` as JSON holds it: arrays become lists, what JSON has no word for (NaN, infinities) None.
+
+    Single precision is written with the seven digits that it has.
+    """
     if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
+        return [plain(item) for item in value]
+    if hasattr(value, "dtype"):
+        single = value.dtype.itemsize <= 4 and value.dtype.kind not in "biu"
+        listed = np.asarray(value, np.float64 if single else None).tolist()
+        return plain(rounded(listed) if single else listed)
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def rounded(value: Any) -> Any:
+    """Nested lists of numbers, to seven significant digits."""
+    return [rounded(item) for item in value] if isinstance(value, list) else float(f"{value:.7g}")
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """A whole training run as one function that can be jitted and vmapped: the steps are one `lax.scan`."""
 
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,11 +10,11 @@ import optax
 from flax import linen as nn
 from jax import Array
 
-from experiments.data import Digits
+from experiments.data import Split
 
 
 class Schedule(NamedTuple):
-    """How long to train: every `evaluate_every` of the `steps`, accuracy is taken on the whole test set."""
+    """How long to train, and how often to evaluate: after every `evaluate_every` of the `steps`."""
 
     steps: int
     batch_size: int
@@ -21,53 +22,77 @@ class Schedule(NamedTuple):
 
 
 class History(NamedTuple):
-    """Training loss (nats) at each step, and test accuracy (0 to 1) after each `evaluate_every` steps."""
+    """Training loss at each step, what `evaluate` found after each `evaluate_every` steps, and the last variables."""
 
     loss: Array
-    accuracy: Array
+    found: Any
+    variables: Any
+
+
+def cross_entropy(logits: Array, labels: Array) -> Array:
+    """Mean cross-entropy in nats."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def accuracy(model: nn.Module, x: Any, labels: Array) -> Callable[[Any], Array]:
+    """A function of variables: the fraction of `x` that the model, in inference, labels rightly."""
+
+    def evaluate(variables: Any) -> Array:
+        logits: Any = model.apply(variables, x, train=False)
+        # argmax of NaN is class 0: count an answer only where there is one
+        return ((logits.argmax(-1) == labels) & jnp.isfinite(logits).all(-1)).mean()
+
+    return evaluate
 
 
 def train(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
-    digits: Digits,
+    data: Split,
     key: Array,
     schedule: Schedule,
+    *,
+    loss: Callable[[Array, Array], Array] = cross_entropy,
+    evaluate: Callable[[Any], Any] | None = None,
 ) -> History:
-    """Trains `model` on cross-entropy, threading its running statistics; all randomness is from `key`.
+    """Trains `model` on `loss(outputs, targets)`, threading its running statistics; all randomness is from `key`.
 
-    `model` is called as `model(images, train=True or False)`, with statistics, if any, in "batch_stats".
+    `model` is called as `model(x, train=True or False)`, with statistics, if any, in "batch_stats", and the random
+    key "dropout" in training. `evaluate(variables)` defaults to the accuracy on the whole test set.
     """
+    evaluate = evaluate or accuracy(model, data.test_x, data.test_y)
     initial, shuffles = jax.random.split(key)
-    variables = model.init(initial, digits.train_images[:1], train=False)
+    noise = jax.random.fold_in(key, 2)
+    variables = model.init(initial, jax.tree.map(lambda leaf: leaf[:1], data.train_x), train=False)
     params, stats = variables["params"], variables.get("batch_stats", {})
 
     def step(carry: Any, index: Array) -> tuple[Any, Array]:
-        params, stats, opt_state = carry
+        params, stats, opt_state, count = carry
 
         def loss_and_stats(params: Any) -> tuple[Array, Any]:
-            images, labels = digits.train_images[index], digits.train_labels[index]
-            logits, updates = model.apply(
-                {"params": params, "batch_stats": stats}, images, train=True, mutable=["batch_stats"]
+            x, y = jax.tree.map(lambda leaf: leaf[index], (data.train_x, data.train_y))
+            outputs, updates = model.apply(
+                {"params": params, "batch_stats": stats},
+                x,
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": jax.random.fold_in(noise, count)},
             )
-            loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-            return loss, updates.get("batch_stats", {})
+            return loss(outputs, y), updates.get("batch_stats", {})
 
-        (loss, stats), gradient = jax.value_and_grad(loss_and_stats, has_aux=True)(params)
+        (value, stats), gradient = jax.value_and_grad(loss_and_stats, has_aux=True)(params)
         updates, opt_state = optimizer.update(gradient, opt_state, params)
-        return (optax.apply_updates(params, updates), stats, opt_state), loss
+        return (optax.apply_updates(params, updates), stats, opt_state, count + 1), value
 
-    def steps_and_test(carry: Any, indices: Array) -> tuple[Any, History]:
-        carry, loss = jax.lax.scan(step, carry, indices)
-        params, stats, _ = carry
-        logits: Any = model.apply({"params": params, "batch_stats": stats}, digits.test_images, train=False)
-        # argmax of NaN is class 0: count an answer only where there is one
-        right = (logits.argmax(-1) == digits.test_labels) & jnp.isfinite(logits).all(-1)
-        return carry, History(loss, right.mean())
+    def steps_and_test(carry: Any, indices: Array) -> tuple[Any, tuple[Array, Any]]:
+        carry, values = jax.lax.scan(step, carry, indices)
+        params, stats, *_ = carry
+        return carry, (values, evaluate({"params": params, "batch_stats": stats}))
 
-    order = data_order(shuffles, len(digits.train_labels), schedule)
-    _, history = jax.lax.scan(steps_and_test, (params, stats, optimizer.init(params)), order)
-    return History(history.loss.reshape(-1), history.accuracy)
+    order = data_order(shuffles, len(data.train_y), schedule)
+    start = (params, stats, optimizer.init(params), jnp.int32(0))
+    (params, stats, *_), (values, found) = jax.lax.scan(steps_and_test, start, order)
+    return History(values.reshape(-1), found, {"params": params, "batch_stats": stats})
 
 
 def data_order(key: Array, examples: int, schedule: Schedule) -> Array:
@@ -82,6 +107,11 @@ def data_order(key: Array, examples: int, schedule: Schedule) -> Array:
     epochs = jax.vmap(lambda key: jax.random.permutation(key, examples))(keys)
     batches = epochs[:, : per_epoch * batch_size].reshape(-1, batch_size)
     return batches[:steps].reshape(-1, evaluate_every, batch_size)
+
+
+def seeds(configuration: dict[str, Any]) -> Array:
+    """A random key for each of the configuration's `seeds`, from its `seed`: the same for every method compared."""
+    return jax.random.split(jax.random.key(configuration["seed"]), configuration["seeds"])
 
 
 def wait(tree: Any) -> Any:

@@ -1,0 +1,56 @@
+"""Which experiments there are: found by looking at the files, so that a new one needs no registration."""
+
+import ast
+import importlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments.record import require
+
+FOLDER = Path(__file__).parent
+
+
+class Entry(NamedTuple):
+    """An experiment: its module's name, its docstring's first line, and what else the file defines."""
+
+    module: str
+    says: str
+    defines: frozenset[str]
+
+    @property
+    def is_claim(self) -> bool:
+        """Whether it puts claims to the test (else it is a job with a `run` of its own)."""
+        return "CLAIMS" in self.defines
+
+
+def discover(folder: Path = FOLDER) -> dict[str, Entry]:
+    """Name → entry of every file that defines `run`, and of every file in `claims` that defines `CLAIMS`.
+
+    Files are parsed, not imported, so that listing is quick and needs no optional package.
+    """
+    found = {}
+    for path in [*sorted(folder.glob("*.py")), *sorted(folder.glob("claims/*.py"))]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        defines = frozenset(name for node in tree.body for name in names(node))
+        if ("CLAIMS" if path.parent != folder else "run") in defines:
+            module = ".".join(("experiments", *path.relative_to(folder).with_suffix("").parts))
+            found[path.stem] = Entry(module, (ast.get_docstring(tree) or "").partition("\n")[0], defines)
+    return found
+
+
+def names(node: ast.stmt) -> list[str]:
+    """What one statement of a module defines."""
+    if isinstance(node, ast.FunctionDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def load(entry: Entry) -> Any:
+    """The experiment's module.
+
+    Raises:
+      MissingPackage: what it needs is not installed.
+    """
+    require("jax", "flax", "optax", "rich", "matplotlib")
+    return importlib.import_module(entry.module)

@@ -1,0 +1,125 @@
+"""A claim, the interval of its measured effect, and the rule, written before the run, that judges it."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+CONFIDENCE = 0.95
+RESAMPLES = 9999
+FEWEST_SEEDS = 5
+SUPPORTED, NOT_SUPPORTED, CONTRADICTED = "supported", "not supported", "contradicted"
+NOT_JUDGED = "not judged"  # a quick run checks the machinery, on too few seeds to say anything
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """The verdict on an effect whose interval is [low, high], by where that interval lies.
+
+    Wholly within `supported` (a closed range): supported. Wholly within `contradicted`: contradicted. Else, across
+    a border or between the two ranges: not supported.
+    """
+
+    supported: tuple[float, float]
+    contradicted: tuple[float, float]
+
+    def verdict(self, low: float, high: float) -> str:
+        """One of the three verdicts."""
+        for verdict, (least, most) in ((SUPPORTED, self.supported), (CONTRADICTED, self.contradicted)):
+            if least <= low and high <= most:
+                return verdict
+        return NOT_SUPPORTED
+
+    def __str__(self) -> str:
+        return f"supported {span(self.supported)}, contradicted {span(self.contradicted)}"
+
+
+def span(bounds: tuple[float, float]) -> str:
+    """A range in words."""
+    low, high = bounds
+    if math.isinf(low):
+        return f"at or below {high:g}"
+    return f"at or above {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """One sentence that a measurement can support or contradict.
+
+    Attributes:
+      says: the claim.
+      source: who claims it, and where (paper, year, section or figure).
+      effect: what is measured for each seed, in words.
+      rule: judges the interval of the effect.
+      unit: of the effect, as it follows the number (" points", "×"); empty of a pure number.
+      ratio: the effect is a ratio: its mean and interval are taken of logarithms.
+    """
+
+    says: str
+    source: str
+    effect: str
+    rule: Rule
+    unit: str = ""
+    ratio: bool = False
+
+
+def interval(samples: Sequence[float], *, ratio: bool = False) -> tuple[float, float, float]:
+    """(low, mean, high): the samples' mean, and its bias-corrected, accelerated bootstrap interval (Efron 1987).
+
+    Of ratios the geometric mean. The resamples are the same every time.
+
+    Raises:
+      ValueError: fewer than two samples, one that is not finite, or a ratio that is not positive.
+    """
+    from scipy import stats
+
+    values = np.asarray(samples, np.float64)
+    if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all() or (ratio and (values <= 0).any()):
+        wanted = "positive" if ratio else "finite"
+        raise ValueError(f"samples must be two or more {wanted} numbers, one for each seed, got {samples}")
+    values = np.log(values) if ratio else values
+    middle = values.mean()
+    if np.ptp(values) <= 1e-12 * np.abs(values).max():  # all the same: nothing to resample
+        found = (middle, middle, middle)
+    else:
+        told = {"n_resamples": RESAMPLES, "confidence_level": CONFIDENCE, "rng": np.random.default_rng(0)}
+        bounds = stats.bootstrap((values,), np.mean, method="BCa", **told).confidence_interval
+        found = (bounds.low, middle, bounds.high)
+    low, middle, high = (float(math.exp(value)) if ratio else float(value) for value in found)
+    return low, middle, high
+
+
+def judge(claim: Claim, samples: Sequence[float], quick: bool) -> dict[str, Any]:
+    """The finding on a claim, as the results hold it: all that a report says about it.
+
+    Raises:
+      ValueError: too few seeds to judge by.
+    """
+    if len(samples) < FEWEST_SEEDS and not quick:
+        raise ValueError(f"a claim is judged on {FEWEST_SEEDS} seeds or more, got {len(samples)}")
+    low, middle, high = interval(samples, ratio=claim.ratio)
+    return {
+        **dataclasses.asdict(claim),
+        "rule": str(claim.rule),
+        "samples": list(map(float, samples)),
+        "low": low,
+        "mean": middle,
+        "high": high,
+        "verdict": NOT_JUDGED if quick else claim.rule.verdict(low, high),
+    }
+
+
+def shown(finding: dict[str, Any]) -> str:
+    """The effect of a finding and its interval, as people read it: `1.9× (1.6 to 2.2)`."""
+    low, middle, high = (number(finding[key]) for key in ("low", "mean", "high"))
+    return f"{middle}{finding['unit']} ({low} to {high})"
+
+
+def number(value: float) -> str:
+    """Three significant digits, without an exponent where that is short."""
+    if value == 0 or 0.001 <= abs(value) < 100_000:
+        decimals = 0 if abs(value) >= 100 else 2 - math.floor(math.log10(max(abs(value), 0.1)))
+        return f"{value:,.{decimals}f}"
+    return f"{value:.1e}"
