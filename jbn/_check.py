@@ -117,14 +117,15 @@ def check_dtype(dtype) -> jnp.dtype:
     return known
 
 
-def check_features(num_features) -> int:
+def check_positive(name: str, value, expected: str, remedy: str) -> int:
+    """An integer ≥ 1."""
     try:
-        channels = operator.index(num_features)
+        number = operator.index(value)
     except TypeError:
-        raise TypeError(f"num_features is {num_features!r}, expected a positive integer: give x.shape[axis]") from None
-    if channels < 1:
-        raise ValueError(f"num_features is {channels}, expected a positive integer: give x.shape[axis]")
-    return channels
+        raise TypeError(f"{name} is {value!r}, expected {expected}: {remedy}") from None
+    if number < 1:
+        raise ValueError(f"{name} is {value!r}, expected {expected}: {remedy}")
+    return number
 
 
 def check_implementation(implementation) -> None:
@@ -156,16 +157,13 @@ def check_virtual(size, x, channel: int) -> tuple[int, int] | None:
     """The axis of the examples and how many make a virtual batch, or None."""
     if size is None:
         return None
-    try:
-        size = operator.index(size)
-    except TypeError:
-        raise TypeError(f"virtual_batch_size is {size!r}, expected None or a positive integer") from None
+    size = check_positive("virtual_batch_size", size, "None or a positive integer", "give a divisor of the examples")
     if x.ndim < 2:
         raise ValueError(
             f"virtual_batch_size is {size}, but x of shape {x.shape} has no axis of examples to group: leave it out"
         )
     examples = 1 if channel == 0 else 0
-    if size < 1 or x.shape[examples] % size:
+    if x.shape[examples] % size:
         raise ValueError(
             f"virtual_batch_size is {size}, which does not divide the {x.shape[examples]} examples of x of shape "
             f"{x.shape}: give a divisor, or drop the examples left over"

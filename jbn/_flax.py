@@ -1,14 +1,39 @@
-"""What the two Flax modules share: the calls left to Flax's own code, its axes, masks and result dtypes."""
+"""What the two Flax modules share: how they train, the calls left to Flax's own code, axes, masks, result dtypes."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jbn._check import FLOATS, check_axis
+from jbn.functional import bn_train
+from jbn.renorm import brn_train
 
-NOT_ASKED = {"activation": None, "virtual_batch_size": None, "unbiased": False, "implementation": None}
+NOT_ASKED = {
+    "activation": None,
+    "virtual_batch_size": None,
+    "unbiased": False,
+    "implementation": None,
+    "renorm": False,
+}
+
+
+def training(layer: Any, r_max: Any, d_max: Any) -> Callable:
+    """`bn_train`, or with `renorm` `brn_train` under the bounds of the call, or else those of the layer.
+
+    Raises:
+      ValueError: bounds without `renorm`. (One that is missing with it is for `brn_train` to say, which inference
+        does not reach.)
+    """
+    bounds = {"r_max": layer.r_max if r_max is None else r_max, "d_max": layer.d_max if d_max is None else d_max}
+    if layer.renorm:
+        return partial(brn_train, **bounds)
+    given = " and ".join(f"{name}={value!r}" for name, value in bounds.items() if value is not None)
+    if given:
+        raise ValueError(f"BatchNorm got {given} with renorm=False: set renorm=True, or leave the bounds out")
+    return bn_train
 
 
 def left_to_flax(layer: Any, x: jax.Array, residual: jax.Array | None) -> bool:

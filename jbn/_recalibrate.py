@@ -1,13 +1,12 @@
 """What recalibration of linen and nnx models shares: going through the batches, and pooling what layers saw."""
 
-import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jbn._check import FLOATS
+from jbn._check import FLOATS, check_positive
 from jbn._flax import feature_axis, full_rank_mask
 from jbn._stream import merge_stream
 from jbn.functional import BNState
@@ -76,13 +75,8 @@ def _checked(batches: Any, num_batches: int | None) -> tuple[Iterable, int | Non
         raise TypeError(f"batches is {kind}, expected an iterable of batches: put a single one into a list")
     if num_batches is None:
         return batches, len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
-    try:
-        number = operator.index(num_batches)
-    except TypeError:
-        raise TypeError(f"num_batches is {num_batches!r}, expected None or a positive integer") from None
-    if number < 1:
-        raise ValueError(f"num_batches is {number}, expected None or a positive integer")
-    return batches, number
+    remedy = "give how many batches to take, or None for all"
+    return batches, check_positive("num_batches", num_batches, "None or a positive integer", remedy)
 
 
 def _taken(batches: Iterable, expected: int | None) -> Iterator[tuple]:

@@ -51,7 +51,7 @@ def bn_init(
     Raises:
       TypeError, ValueError: if `num_features` is not a positive integer or `dtype` not a float.
     """
-    channels = _check.check_features(num_features)
+    channels = _check.check_positive("num_features", num_features, "a positive integer", "give x.shape[axis]")
     dtype = _check.check_dtype(dtype)
     params = BNParams(
         jnp.ones(channels, dtype) if use_scale else None, jnp.zeros(channels, dtype) if use_bias else None

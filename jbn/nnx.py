@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
-from jbn import BNParams, BNState, bn_eval, bn_train
-from jbn._flax import feature_axis, full_rank_mask, left_to_flax, with_result_dtype
+from jbn import BNParams, BNState, bn_eval
+from jbn._flax import feature_axis, full_rank_mask, left_to_flax, training, with_result_dtype
 from jbn._recalibrate_nnx import recalibrate as recalibrate
 
 
@@ -50,6 +50,10 @@ class BatchNorm(nnx.BatchNorm):
         `mean` and `var` see the whole batch.
       unbiased: store the variance times n / max(n − 1, 1) in `var`, as PyTorch does.
       implementation: None chooses by platform; `"xla"` or `"triton"` never falls back.
+      renorm: batch renormalization (Ioffe 2017, https://arxiv.org/abs/1702.03275; see `jbn.brn_train`): training is
+        corrected towards the running statistics, so that it sees what inference will.
+      r_max, d_max: the bounds of that correction, ≥ 1 and ≥ 0, for calls that name none. With 1 and 0 it is the plain
+        layer, bit for bit; the paper begins there and reaches 3 and 5.
       **flax: every other argument of `flax.nnx.BatchNorm`, with its default; `rngs` is required.
 
     Where results differ from Flax's:
@@ -77,6 +81,9 @@ class BatchNorm(nnx.BatchNorm):
         virtual_batch_size: int | None = None,
         unbiased: bool = False,
         implementation: str | None = None,
+        renorm: bool = False,
+        r_max: float | jax.Array | None = None,
+        d_max: float | jax.Array | None = None,
         **flax: Any,
     ):
         super().__init__(num_features, **flax)
@@ -84,6 +91,9 @@ class BatchNorm(nnx.BatchNorm):
         self.virtual_batch_size = virtual_batch_size
         self.unbiased = unbiased
         self.implementation = implementation
+        self.renorm = renorm
+        self.r_max = r_max
+        self.d_max = d_max
 
     def __call__(
         self,
@@ -92,6 +102,8 @@ class BatchNorm(nnx.BatchNorm):
         *,
         mask: jax.Array | None = None,
         residual: jax.Array | None = None,
+        r_max: float | jax.Array | None = None,
+        d_max: float | jax.Array | None = None,
     ) -> jax.Array:
         """Normalizes `x`.
 
@@ -101,15 +113,19 @@ class BatchNorm(nnx.BatchNorm):
             the constructor, `train()`, `eval()` or `nnx.view` said last.
           mask: broadcastable to `x`; where it is zero or False, `x` stays out of the statistics.
           residual: of `x`'s shape, added before the activation.
+          r_max, d_max: bounds of this call instead of the attributes, with `renorm`: numbers, or traced scalars such
+            as `optax` schedules of the step. `nnx.view(model, r_max=…, d_max=…)` gives them to every layer.
 
         Returns:
           Array of `x`'s shape, in `dtype` (None: what `x`, statistics and parameters promote to).
 
         Raises:
-          ValueError: `axis` out of range, a shape that does not fit, an unknown option, or an option that a
-            call left to Flax does not have; each says which, and the remedy.
+          ValueError: `axis` out of range, a shape that does not fit, an unknown option, an option that a
+            call left to Flax does not have, or bounds without `renorm`; each says which, and the remedy.
+          TypeError: training with `renorm` and without a bound.
         """
         x = jnp.asarray(x)
+        train = training(self, r_max, d_max)
         if use_running_average is None:
             use_running_average = self.use_running_average
         if left_to_flax(self, x, residual) or use_running_average is None:  # None: the error is Flax's
@@ -133,7 +149,7 @@ class BatchNorm(nnx.BatchNorm):
         )
         if use_running_average:
             return bn_eval(BNParams(scale, bias), BNState(mean, var), x, **options)
-        y, state = bn_train(
+        y, state = train(
             BNParams(scale, bias),
             state,
             x,
@@ -147,3 +163,20 @@ class BatchNorm(nnx.BatchNorm):
         )
         self.mean[...], self.var[...] = state
         return y
+
+    def set_view(
+        self,
+        use_running_average: bool | None = None,
+        r_max: float | jax.Array | None = None,
+        d_max: float | jax.Array | None = None,
+    ):
+        """Class method used by `nnx.view`.
+
+        Args:
+          use_running_average: whether to normalize with `mean` and `var` instead of the batch's own statistics.
+          r_max, d_max: bounds of the correction with `renorm`.
+        """
+        super().set_view(use_running_average)
+        if self.renorm:  # a view of a whole model passes plain layers by
+            self.r_max = self.r_max if r_max is None else r_max
+            self.d_max = self.d_max if d_max is None else d_max

@@ -10,37 +10,12 @@ import oracle
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from test_linen import assert_equal, assert_same, bf16, covering, draw_mask, f16, f32, f64, inputs
+from layers import COUNT, SPACE, assert_equal, assert_same, bf16, covering, draw_mask, f16, f32, f64, inputs, normal
 
 from jbn import linen
 from jbn.nnx import BatchNorm
 
-normal = nnx.initializers.normal(1.0)
-
-SPACE = {  # every value meets a shuffled choice of the others
-    "shape_axis": [
-        ((8, 5), -1),
-        ((6, 4, 3), 1),
-        ((3, 9), 0),
-        ((2, 3, 4, 5), -1),
-        ((4, 3, 2), (-1,)),
-        ((2, 3, 2, 2, 3), -4),
-    ],
-    "x": [f32, f32, f32, bf16, f16, f64],
-    "dtype": [None, None, f32, bf16, f16, f64],
-    "param_dtype": [f32, f32, f32, bf16, f64],
-    "momentum": [0.0, 0.9, 0.99, 1.0],
-    "epsilon": [1e-5, 1e-2],
-    "use_bias": [True, True, False],
-    "use_scale": [True, True, False],
-    "bias_init": [nnx.initializers.zeros_init(), normal],
-    "scale_init": [nnx.initializers.ones_init(), normal],
-    "use_fast_variance": [True, False],
-    "average_in": ["constructor", "call"],
-    "average": [False, False, True],
-    "mask": [None, None, "full", "rows", "lower rank"],
-}
-COUNT = 24
+BOOLEAN = SPACE | {"mask": [None, None, "full", "rows", "lower rank"]}  # Flax's nnx takes no other mask
 
 
 def both(*args, **options):
@@ -81,7 +56,7 @@ def steps(layers, x, dy, *args, **kwargs):
 
 
 @pytest.mark.filterwarnings("ignore:scatter inputs")  # Flax: float64 statistics into float32 variables
-@pytest.mark.parametrize("case", covering(SPACE, COUNT, seed=1), ids=range(COUNT))
+@pytest.mark.parametrize("case", covering(BOOLEAN, COUNT, seed=1), ids=range(COUNT))
 def test_same_as_flax(case):
     case = dict(case)
     (shape, axis), x_dtype, average, where, kind = (
@@ -115,7 +90,7 @@ def test_result_dtypes():
 
 def test_signature():
     ours, theirs = (list(inspect.signature(cls.__call__).parameters) for cls in (BatchNorm, nnx.BatchNorm))
-    assert ours == [*theirs, "residual"]
+    assert ours == [*theirs, "residual", "r_max", "d_max"]
     with pytest.raises(TypeError, match="missing 1 required keyword-only argument: 'rngs'"):
         BatchNorm(3)
     with pytest.raises(TypeError, match="unexpected keyword argument 'moment'"):
@@ -382,6 +357,7 @@ def test_left_to_flax_has_no_extras(options, dtype, shape, reason, remedy):
         (dict(virtual_batch_size=2), "virtual_batch_size=2"),
         (dict(unbiased=True), "unbiased=True"),
         (dict(implementation="xla"), "implementation='xla'"),
+        (dict(renorm=True), "renorm=True"),
     ]:
         with pytest.raises(ValueError, match=f"got {asked} together with {reason}.*{remedy}.*or do without"):
             BatchNorm(2, **options, **extra, rngs=nnx.Rngs(0))(x)
