@@ -119,7 +119,9 @@ def shown(finding: dict[str, Any]) -> str:
 
 def number(value: float) -> str:
     """Three significant digits, without an exponent where that is short."""
-    if value == 0 or 0.001 <= abs(value) < 100_000:
+    if value == 0:
+        return "0"
+    if 0.001 <= abs(value) < 100_000:
         decimals = 0 if abs(value) >= 100 else 2 - math.floor(math.log10(max(abs(value), 0.1)))
         return f"{value:,.{decimals}f}"
     return f"{value:.1e}"

@@ -36,7 +36,7 @@ def run(experiment: Any, options: Options, results: Results) -> None:
     effects = experiment.effects(results.rows, configuration)
     if effects.keys() != experiment.CLAIMS.keys():
         raise ValueError(f"effects must return {list(experiment.CLAIMS)}, as CLAIMS has, got {list(effects)}")
-    question, _, design = inspect.getdoc(experiment).partition("\n")
+    question, _, design = (inspect.getdoc(experiment) or "").partition("\n")
     results.summary = {
         "question": question,
         "design": design.strip(),

