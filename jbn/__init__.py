@@ -3,6 +3,7 @@
 from jbn import convert as convert
 from jbn import scaling as scaling
 from jbn._merge import Moments as Moments
+from jbn.explain import explain as explain
 from jbn.fold import fold as fold
 from jbn.fold import fold_after as fold_after
 from jbn.functional import BNParams as BNParams

@@ -56,8 +56,8 @@ def _by_compiler(merged: Callable, local: Callable, plan: Plan, reduces: bool) -
         x = operands[0]
         # a device's part of an uneven axis is padded, and padding must not be counted: gather that axis instead
         spec = tuple(
-            s if n % _ways(mesh, s) == 0 else None
-            for s, n in zip(_full(x.sharding.spec, len(x.shape)), x.shape, strict=True)
+            s if n % ways(mesh, s) == 0 else None
+            for s, n in zip(full(x.sharding.spec, len(x.shape)), x.shape, strict=True)
         )
         given = tuple(NamedSharding(mesh, _spec(plan, spec, x.shape, o.shape)) for o in operands)
         found = [NamedSharding(mesh, _spec(plan, spec, x.shape, r.shape)) for r in results]
@@ -88,7 +88,7 @@ def _row_names(plan: Plan, spec) -> tuple[str, ...]:
     return tuple(name for a in rows(plan, len(spec)) for name in _names(spec[a]))
 
 
-def _full(spec, ndim: int) -> tuple:
+def full(spec, ndim: int) -> tuple:
     return (*spec, *(None,) * (ndim - len(spec)))
 
 
@@ -96,7 +96,7 @@ def _names(entry) -> tuple[str, ...]:
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
-def _ways(mesh, entry) -> int:
+def ways(mesh, entry) -> int:
     return math.prod(mesh.shape[name] for name in _names(entry))
 
 

@@ -6,6 +6,7 @@ from jax.sharding import NamedSharding
 
 from jbn import _xla
 from jbn._collectives import Sync, add_across
+from jbn._dispatch import may_use_kernels
 from jbn._merge import Moments, merge_across
 from jbn._plan import Plan, row_count
 from jbn._primitive import primitive
@@ -18,14 +19,7 @@ def _merge_devices(plan: Plan, x, out, names):
 
 
 def _add_devices(_plan: Plan, _x, out, names):
-    return list(add_across(tuple(out), Sync((names,))))
-
-
-_, moments = primitive("moments", _xla.moments, combine=_merge_devices, kernel=True)
-_, apply = primitive("apply", _xla.apply, derivative=_xla.apply_masked, kernel=True)
-_, gradient_sums = primitive("gradient_sums", _xla.gradient_sums, combine=_add_devices, kernel=True)
-_, gradient_input = primitive("gradient_input", _xla.gradient_input, kernel=True)
-_tangent_p, tangent = primitive("tangent", _xla.tangent)
+    return [*add_across(tuple(out[:2]), Sync((names,))), *out[2:]]
 
 
 def _tangent_transpose(cotangents, *flat, tree, plan):
@@ -37,12 +31,17 @@ def _tangent_transpose(cotangents, *flat, tree, plan):
     if type(dy) is not ad.Zero:
         sums = ()
         if wanted[1] or wanted[2] or ((wanted[0] or wanted[3]) and plan.centred):
-            sums = gradient_sums(plan, x, coef, residual, mask, dy)
+            if residual is not None and plan.activation and may_use_kernels(plan, x):
+                # z̄ is the residual's cotangent, and of ȳ, residual and activation all that x̄ needs
+                *sums, dy = gradient_sums_keeping(plan, x, coef, residual, mask, dy)
+                plan, residual, dresidual = plan._replace(activation=None), None, dy
+            else:
+                sums = gradient_sums(plan, x, coef, residual, mask, dy)
             dbias, dscale = sums
-        if wanted[0] or wanted[3]:
+        if wanted[0] or (wanted[3] and dresidual is None):
             sums = add_across(tuple(sums), plan.sync)
             dx, *rest = gradient_input(plan, x, coef, residual, mask, dy, sums)
-            dresidual = rest[0] if rest else None
+            dresidual = rest[0] if rest else dresidual
     found = zip((dx, dscale, dbias, dresidual), moved, wanted, strict=True)
     linear = [_typed(value, m) if want else None for value, m, want in found if m is not None]
     # one entry per operand: None for those the map is not linear in
@@ -57,4 +56,11 @@ def _typed(cotangent, operand):
     return cotangent if found.spec == wanted else jax.reshard(cotangent, NamedSharding(found.mesh, wanted))
 
 
-ad.primitive_transposes[_tangent_p] = _tangent_transpose
+moments = primitive("moments", _xla.moments, combine=_merge_devices, kernel=True)
+apply = primitive("apply", _xla.apply, derivative=_xla.apply_masked, kernel=True)
+gradient_sums = primitive("gradient_sums", _xla.gradient_sums, combine=_add_devices, kernel=True)
+gradient_sums_keeping = primitive(
+    "gradient_sums_keeping", _xla.gradient_sums_keeping, combine=_add_devices, kernel=True
+)
+gradient_input = primitive("gradient_input", _xla.gradient_input, kernel=True)
+tangent = primitive("tangent", _xla.tangent, transpose=_tangent_transpose)

@@ -1,7 +1,6 @@
 """A JAX primitive from a plain function: what each transformation means is derived from the function itself."""
 
 import functools
-import importlib
 from collections.abc import Callable, Sequence
 
 import jax
@@ -9,6 +8,8 @@ from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from jbn import _dispatch
+from jbn._device import GPUS, INSTALL
 from jbn._partition import split
 
 
@@ -19,18 +20,20 @@ def primitive(
     derivative: Callable | None = None,
     combine: Callable | None = None,
     kernel: bool = False,
-) -> tuple[Primitive, Callable]:
+    transpose: Callable | None = None,
+) -> Callable:
     """Makes the primitive `jbn_<name>` whose value is `reference(plan, *operands)`.
 
     `reference` is written in jax.numpy over pytrees of arrays. It is the primitive's type rule (shapes, dtypes,
     shardings and varying axes follow from tracing it), its lowering, and what is differentiated, unless that is
     another function, `derivative`, equal to it wherever a derivative is to be had. Where it reduces over rows,
     `combine(plan, x, out, names)` merges what devices found of their own rows, over mesh axes `names`. With `kernel`,
-    `jbn._triton` has a function of its name, that takes its place on CUDA where the plan asks for it.
+    `jbn._triton` has a function of its name, that takes its place on a GPU where `_dispatch` says so. `transpose` is
+    the rule of one that is linear in some operands: `(cotangents, *flat, tree, plan)`, as jax asks for it.
 
     Returns:
-      The primitive, and `bind(plan, *operands)`, which calls it on pytrees (None where an operand is absent) and
-      returns the list of its outputs.
+      `bind(plan, *operands)`, which calls it on pytrees (None where an operand is absent) and returns the list of its
+      outputs.
     """
     prim = Primitive(f"jbn_{name}")
     prim.multiple_results = True
@@ -76,37 +79,37 @@ def primitive(
             local = split(local, merge, plan, ctx.avals_in[0].sharding)
         return mlir.lower_fun(local, multiple_results=True)(ctx, *values)
 
-    def cuda_lowering(ctx, *values, tree, plan):
-        if plan.implementation != "triton":
-            return lowering(ctx, *values, tree=tree, plan=plan)
-        triton = importlib.import_module("jbn._triton")
-        triton.check(plan, *jax.tree.unflatten(tree, ctx.avals_in))
-        return lowering(ctx, *values, tree=tree, plan=plan, function=getattr(triton, name))
+    def gpu_lowering(platform, ctx, *values, tree, plan):
+        choice = _dispatch.choose(name, plan, platform, *jax.tree.unflatten(tree, ctx.avals_in))
+        function = _dispatch.kernels(name, platform) if choice.implementation == "triton" else reference
+        return lowering(ctx, *values, tree=tree, plan=plan, function=function)
 
     def other_lowering(ctx, *values, tree, plan):
         if kernel and plan.implementation == "triton":
             platforms = ", ".join(ctx.platforms or ctx.module_context.platforms)
             raise NotImplementedError(
                 f"implementation='triton' needs a CUDA GPU, and this is compiled for {platforms}: use "
-                "implementation='xla', or None, which works on every device; for a GPU, pip install 'jbn[cuda12]' or "
-                "'jbn[cuda13]'"
+                f"implementation='xla', or None, which works on every device; for a GPU, {INSTALL}"
             )
         return lowering(ctx, *values, tree=tree, plan=plan)
 
     prim.def_impl(impl)
     prim.def_effectful_abstract_eval(type_rule)
     ad.primitive_jvps[prim] = jvp
+    if transpose:
+        ad.primitive_transposes[prim] = transpose
     batching.fancy_primitive_batchers[prim] = batching_rule
     mlir.register_lowering(prim, other_lowering)
     if kernel:
-        mlir.register_lowering(prim, cuda_lowering, platform="cuda")
+        for platform in GPUS:
+            mlir.register_lowering(prim, functools.partial(gpu_lowering, platform), platform=platform)
         prim_requires_devices_during_lowering.add(prim)  # as custom_partitioning does, which is inside
 
     def bind(plan, *operands):
         flat, tree = jax.tree.flatten(operands)
         return prim.bind(*_vary_alike(flat), tree=tree, plan=plan)
 
-    return prim, bind
+    return bind
 
 
 def _to_front(value: jax.Array, dim: int | None, size: int) -> jax.Array:

@@ -1,10 +1,9 @@
 """The pieces of the op as Triton kernels, launched through jax-triton: same arguments and results as `jbn._xla`.
 
-Arrays are seen as `(B, N, C, S)` by reshapes alone, so nothing is transposed or copied on the way in or out. Where two
-tensors of x's size can be had for the price of one, as z̄ from the gradient sums, `keep` asks for it.
+Arrays are seen as `(B, N, C, S)` by reshapes alone, so nothing is transposed or copied on the way in or out.
 """
 
-# what is not imported where packages are missing is not used there: `check` comes first
+# what is not imported where packages are missing is not used there: `failure` comes first
 # pyright: reportPossiblyUnboundVariable=false
 
 import functools
@@ -14,92 +13,143 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jbn._device import INSTALL, gpu
 from jbn._plan import Coefficients, Plan
 
 try:
     from jbn.kernels import launches
     from jbn.kernels.tiling import View
+    from jbn.kernels.traffic import traffic
 
     import jax_triton  # isort: skip  (raises without a GPU's packages; the above need triton alone)
-except ImportError as error:  # without a GPU's packages: `supports` says so
+except ImportError as error:  # without a GPU's packages: `failure` says so
     _missing: str | None = str(error).split(":")[0]
 else:
     _missing = None
 
-DTYPES = ("float16", "bfloat16", "float32")
-PROCESSORS = 132  # of an H100 or H200, where there is no device to ask
-CAPABILITY = 80  # PTX for it runs on all later devices too; where there is no device to ask
 
+class Runner:
+    """Runs a launch through jax-triton on a platform; scratch is among its outputs, zeroed by the call where asked."""
 
-def supports(plan: Plan, x, *operands) -> str | None:
-    """Why the kernels cannot do this, or None if they can; `operands` are what a piece takes beside x."""
-    if _missing is not None:
-        return f"jax-triton cannot be imported ({_missing}): pip install 'jbn[cuda12]' or 'jbn[cuda13]'"
-    kinds = [jnp.dtype(v.dtype).name for v in (x, *jax.tree.leaves(operands), plan)]
-    for kind in kinds:
-        if kind not in (*DTYPES, "bool"):
-            return f"dtype {kind} is not among the kernels' ({', '.join(DTYPES)})"
-    if x.size == 0:
-        return f"x of shape {x.shape} is empty"
-    capability = _device()[1]
-    if capability < 80:
-        return f"the GPU has compute capability {capability / 10}, and the kernels need 8.0"
-    return None
+    def __init__(self, platform: str):
+        self.device = gpu(platform)
 
+    @property
+    def processors(self) -> int:
+        return self.device.processors
 
-def check(plan: Plan, x, *operands) -> None:
-    """Raises NotImplementedError if the kernels cannot do this."""
-    reason = supports(plan, x, *operands)
-    if reason is not None:
-        raise NotImplementedError(
-            f"implementation='triton' cannot be used: {reason}; implementation='xla', or None, works here too"
+    def __call__(self, launch, *arrays):
+        wide = self.device.architecture.startswith("gfx")  # a warp there has 64 threads
+        return jax_triton.triton_call(
+            *arrays,
+            *(np.float32(n) if isinstance(n, float) else n for n in launch.numbers),
+            kernel=launch.kernel,
+            name=launch.kernel.__name__,
+            out_shape=[jax.ShapeDtypeStruct(o.shape, jnp.dtype(o.dtype)) for o in launch.outputs],
+            grid=(launch.programs,),
+            num_warps=max(1, launch.tiling.warps // 2) if wide else launch.tiling.warps,
+            compute_capability=None if wide else self.device.capability,
+            zeroed_outputs=tuple(i for i, o in enumerate(launch.outputs) if o.zeroed),
+            **launch.constants,
         )
 
 
-def moments(plan: Plan, x, mask):
+class Recorder(Runner):
+    """Keeps what would be launched, and runs nothing."""
+
+    def __init__(self, platform: str):
+        super().__init__(platform)
+        self.launches = []
+
+    def __call__(self, launch, *arrays):
+        self.launches.append(launch)
+        return [jnp.zeros(o.shape, o.dtype) for o in launch.outputs]
+
+
+def launches_of(name: str, plan: Plan, platform: str, x, *operands) -> list:
+    """(launch, bytes loaded, bytes stored) of what a piece launches for operands of these shapes."""
+    recorder = Recorder(platform)
+    outputs = jax.eval_shape(functools.partial(globals()[name], plan, runner=recorder), x, *operands)
+    large = {"x": x, "y": outputs[0], "dx": outputs[0], "dz": outputs[-1]}
+    if name != "moments":
+        large |= {"residual": operands[1], "dy": operands[3] if len(operands) > 3 else None}
+    sizes = {k: jnp.dtype(v.dtype).itemsize for k, v in large.items() if v is not None}
+    return [(launch, *traffic(launch, _view(plan, x.shape), sizes)) for launch in recorder.launches]
+
+
+def piece(name: str, platform: str):
+    """The function of a piece of the op, for a platform."""
+    return functools.partial(globals()[name], runner=Runner(platform))
+
+
+def failure(name: str, plan: Plan, platform: str, x, *operands) -> str | None:
+    """Why a piece cannot be compiled for operands of these shapes, or None if it can."""
+    if _missing is not None:
+        return f"jax-triton cannot be imported ({_missing}): {INSTALL}"
+    flat, tree = jax.tree.flatten((x, *operands))
+    return _failure(name, plan, platform, tree, tuple((v.shape, jnp.dtype(v.dtype)) for v in flat))
+
+
+@functools.cache  # what is compiled here is kept by jax-triton too, so that the call itself need not
+def _failure(name: str, plan: Plan, platform: str, tree, kinds) -> str | None:
+    operands = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*kind) for kind in kinds])
+    function = functools.partial(piece(name, platform), plan)
+    if not gpu(platform).here and platform == "rocm":
+        return None  # its compiler asks the device
+    try:
+        jax.jit(function).trace(*operands).lower(lowering_platforms=(platform,))
+    except Exception as error:
+        message = str(error).strip().partition("\n")[0]
+        return f"jbn_{name} does not compile ({type(error).__name__}: {message})"
+    return None
+
+
+def moments(plan: Plan, x, mask, *, runner):
     """Σ over the rows of each channel: `mean, Σ(x − mean)²`, and the count before them where there is a mask."""
     view = _view(plan, x.shape)
     mask, geometry = _mask(plan, view, x.shape, mask)
-    launch = launches.moments(_problem(plan, view, x, geometry), _device()[0])
-    count, mean, m2, *_ = _call(launch, x, _or(mask, x))
+    launch = launches.moments(_problem(plan, view, x, geometry), runner.processors)
+    count, mean, m2, *_ = runner(launch, x, _or(mask, x))
     found = (mean, m2) if mask is None else (count, mean, m2)
     return tuple(_vector(plan, x, v) for v in found)
 
 
-def apply(plan: Plan, x, coef: Coefficients, residual, mask=None):
+def apply(plan: Plan, x, coef: Coefficients, residual, mask=None, *, runner):
     """y = activation(scale · (x − mean) · rstd + bias + residual)."""
     del mask  # every position is normalised
     problem = _problem(plan, _view(plan, x.shape), x, None, coef, residual)
-    launch = launches.apply(problem, plan.dtype.name, _device()[0])
-    (y,) = _call(launch, x, *_vectors(coef), _or(residual, x))
+    launch = launches.apply(problem, plan.dtype.name, runner.processors)
+    (y,) = runner(launch, x, *_vectors(coef), _or(residual, x))
     return (y.reshape(x.shape),)
 
 
-def gradient_sums(plan: Plan, x, coef: Coefficients, residual, mask, dy, keep=False):
-    """`Σ z̄, Σ z̄ · x̂` over the rows of each channel, where z̄ = activation'(z) · ȳ; with `keep`, z̄ behind them.
+def gradient_sums(plan: Plan, x, coef: Coefficients, residual, mask, dy, *, runner):
+    """`Σ z̄, Σ z̄ · x̂` over the rows of each channel, where z̄ = activation'(z) · ȳ."""
+    return _gradient_sums(plan, x, coef, residual, mask, dy, None, runner)[:2]
 
-    z̄ has the residual's dtype, or ȳ's. It is the residual's cotangent, and for x̄ all that is needed of ȳ, residual
-    and activation: `gradient_input(plan without activation, x, coef, None, mask, z̄, sums)`.
-    """
+
+def gradient_sums_keeping(plan: Plan, x, coef: Coefficients, residual, mask, dy, *, runner):
+    """`gradient_sums`, and z̄ in the residual's dtype behind them; the sums are of z̄ so rounded."""
+    return _gradient_sums(plan, x, coef, residual, mask, dy, residual.dtype.name, runner)
+
+
+def _gradient_sums(plan, x, coef, residual, mask, dy, kept, runner):
     view = _view(plan, x.shape)
     mask, geometry = _mask(plan, view, x.shape, mask)
-    problem = _problem(plan, view, x, geometry, coef, residual)
-    kept = _or(residual, dy).dtype.name if keep else None
-    launch = launches.gradient_sums(problem, kept, _device()[0])
-    total, product, dz, *_ = _call(launch, x, *_vectors(coef), _or(residual, x), _or(mask, x), dy)
-    sums = _vector(plan, x, total), _vector(plan, x, product)
-    return (*sums, dz.reshape(x.shape)) if keep else sums
+    launch = launches.gradient_sums(_problem(plan, view, x, geometry, coef, residual), kept, runner.processors)
+    total, product, dz, *_ = runner(launch, x, *_vectors(coef), _or(residual, x), _or(mask, x), dy)
+    return _vector(plan, x, total), _vector(plan, x, product), dz.reshape(x.shape) if kept else dz
 
 
-def gradient_input(plan: Plan, x, coef: Coefficients, residual, mask, dy, sums):
+def gradient_input(plan: Plan, x, coef: Coefficients, residual, mask, dy, sums, *, runner):
     """x̄ = scale · rstd · (z̄ − [mask] · (Σz̄ + x̂ · Σz̄x̂) / count), and z̄ behind it where there is a residual."""
     view = _view(plan, x.shape)
     mask, geometry = _mask(plan, view, x.shape, mask)
     problem = _problem(plan, view, x, geometry, coef, residual)
     kept = residual.dtype.name if residual is not None and plan.activation is not None else None
-    launch = launches.gradient_input(problem, x.dtype.name, kept, _device()[0])
+    launch = launches.gradient_input(problem, x.dtype.name, kept, runner.processors)
     total, product = sums or (coef.mean, coef.mean)
-    dx, dz = _call(
+    dx, dz = runner(
         launch, x, *_vectors(coef), _or(coef.weight, coef.mean), _or(residual, x), _or(mask, x), dy, total, product
     )
     dx = dx.reshape(x.shape)
@@ -121,22 +171,6 @@ def _problem(plan: Plan, view, x, mask, coef: Coefficients | None = None, residu
         mask=mask,
         weight=coef is not None and coef.weight is not None,
         centred=plan.centred,
-    )
-
-
-def _call(launch, *arrays):
-    """Outputs of a launch. Scratch is among them, and zeroed by the call itself where it has to be."""
-    return jax_triton.triton_call(
-        *arrays,
-        *(np.float32(n) if isinstance(n, float) else n for n in launch.numbers),
-        kernel=launch.kernel,
-        name=launch.kernel.__name__,
-        out_shape=[jax.ShapeDtypeStruct(o.shape, jnp.dtype(o.dtype)) for o in launch.outputs],
-        grid=(launch.programs,),
-        num_warps=launch.tiling.warps,
-        compute_capability=_device()[1],
-        zeroed_outputs=tuple(i for i, o in enumerate(launch.outputs) if o.zeroed),
-        **launch.constants,
     )
 
 
@@ -179,13 +213,3 @@ def _mask(plan: Plan, view, shape, mask):
     else:
         mask, geometry = jnp.broadcast_to(mask, mask.shape[:batch] + shape[batch:]), launches.Mask("full", shared)
     return mask, geometry
-
-
-@functools.cache
-def _device() -> tuple[int, int]:
-    """Multiprocessors and compute capability of the first CUDA device, or defaults."""
-    try:
-        device = jax.devices("cuda")[0]
-    except RuntimeError:
-        return PROCESSORS, CAPABILITY
-    return device.core_count, round(10 * float(device.compute_capability))

@@ -96,6 +96,14 @@ def gradient_sums(plan: Plan, x, coef: Coefficients, residual, mask, dy):
     return _vector(plan, _total(dz, axes)), _vector(plan, _total(dz * centred, axes) * map_.rstd)
 
 
+def gradient_sums_keeping(plan: Plan, x, coef: Coefficients, residual, mask, dy):
+    """`gradient_sums`, and z̄ in the residual's dtype behind them; the sums are of z̄ so rounded."""
+    map_ = _map(plan, x, coef)
+    centred = _centred(x, map_, mask)
+    dz = _through_activation(plan, _seen(x, dy, mask), centred, map_, coef, residual, mask).astype(residual.dtype)
+    return *gradient_sums(plan._replace(activation=None), x, coef, None, mask, dz), dz
+
+
 def gradient_input(plan: Plan, x, coef: Coefficients, residual, mask, dy, sums):
     """x̄ = scale · rstd · (z̄ − [mask] · (Σz̄ + x̂ · Σz̄x̂) / count), and z̄ behind it where there is a residual."""
     map_ = _map(plan, x, coef)

@@ -7,7 +7,10 @@ if not os.environ.get("JBN_TEST_GPU"):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax
+import plugin
 import pytest
+
+plugin.install()
 
 
 @pytest.fixture(scope="module")

@@ -123,6 +123,7 @@ def test_lowering(shape, channel):
     from jbn._collectives import Sync
     from jbn._plan import Coefficients, Plan
 
+    runner = _triton.Runner("cuda")
     x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     vector = jax.ShapeDtypeStruct((64,), jnp.float32)
     epsilon = jax.ShapeDtypeStruct((1,), jnp.float32)
@@ -130,15 +131,17 @@ def test_lowering(shape, channel):
     plan = Plan(channel, 0, 256, True, "relu", jnp.dtype("bfloat16"), Sync(), sharded=False, implementation="triton")
 
     def train(x, mask, epsilon, scale, bias, residual, dy):
-        _, mean, m2 = _triton.moments(plan, x, mask)
+        _, mean, m2 = _triton.moments(plan, x, mask, runner=runner)
         coef = Coefficients(mean, m2, None, epsilon, scale, bias)
-        (y,) = _triton.apply(plan, x, coef, residual)
-        *sums, dz = _triton.gradient_sums(plan, x, coef, residual, mask, dy, keep=True)
-        (dx,) = _triton.gradient_input(plan._replace(activation=None), x, coef, None, mask, dz, sums)
+        (y,) = _triton.apply(plan, x, coef, residual, runner=runner)
+        *sums, dz = _triton.gradient_sums_keeping(plan, x, coef, residual, mask, dy, runner=runner)
+        straight = plan._replace(activation=None)
+        (dx,) = _triton.gradient_input(straight, x, coef, None, mask, dz, sums, runner=runner)
         return y, dx, dz
 
     def infer(x, mean, var, epsilon, scale, bias):
-        return _triton.apply(plan._replace(count=1), x, Coefficients(mean, var, None, epsilon, scale, bias), None)
+        coef = Coefficients(mean, var, None, epsilon, scale, bias)
+        return _triton.apply(plan._replace(count=1), x, coef, None, runner=runner)
 
     text, kernels = lowered(train, x, mask, epsilon, vector, vector, x, x)
     assert kernels == ["jbn_moments", "jbn_apply", "jbn_gradient_sums", "jbn_gradient_input"]

@@ -1,5 +1,6 @@
-"""Which implementation a call compiles to: kernels for CUDA when asked for, plain XLA otherwise."""
+"""Which implementation a call compiles to: kernels for CUDA when asked for or measured to win, plain XLA otherwise."""
 
+import importlib.metadata
 import re
 
 import jax
@@ -7,6 +8,10 @@ import jax.numpy as jnp
 import pytest
 
 import jbn
+from jbn import _dispatch
+from jbn._collectives import Sync
+from jbn._device import Device
+from jbn._plan import Plan
 
 X = jnp.ones((8, 7, 7, 64), jnp.bfloat16)
 PARAMS, STATE = jbn.bn_init(64)
@@ -64,7 +69,130 @@ def test_default_is_xla(implementation):
     assert kernels(train(implementation), PARAMS, X, X) == 0
 
 
-def test_float64_has_no_kernel(on_cuda):
+PLAN = Plan(3, 0, 1, True, None, jnp.dtype("bfloat16"), Sync(), sharded=False, implementation=None)
+WIN = _dispatch.Win("NVIDIA H100", "bfloat16", "last", 50_000, "results.json")  # X has 50,176 bytes
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """As if kernels had been measured to win on the GPU that stands for all."""
+    monkeypatch.setattr(_dispatch, "WINS", (WIN,))
+    jax.clear_caches()  # `jit` knows nothing of the table
+    yield
+    jax.clear_caches()
+
+
+def test_default_takes_kernels_where_they_were_measured_to_win(on_cuda, measured):
+    assert kernels(train(None), PARAMS, X, X) == 4
+    assert kernels(train("xla"), PARAMS, X, X) == 0
+    assert jbn.explain(X, platform="cuda").reason == "measured to win from 50000 bytes on NVIDIA H100 (results.json)"
+
+
+@pytest.mark.parametrize(
+    "x, options",
+    [(X[:7], {}), (X.astype(jnp.float32), {}), (X, {"axis": 1})],
+    ids=["too small", "another dtype", "another layout"],
+)
+def test_default_is_xla_beside_the_table(measured, x, options):
+    told = jbn.explain(x, platform="cuda", **options)
+    assert told.implementation == "xla"
+    assert told.reason.startswith("no measurement shows the kernels ahead for ")
+    assert told.reason.endswith(f"{x.nbytes} bytes on NVIDIA H100")
+
+
+def test_default_on_another_gpu_is_xla(measured, monkeypatch):
+    monkeypatch.setattr(_dispatch, "gpu", lambda _: Device("NVIDIA A100-SXM4-40GB", 108, "8.0"))
+    assert _dispatch.choose("moments", PLAN, "cuda", X, None).implementation == "xla"
+
+
+def test_default_elsewhere_is_xla(measured):
+    assert kernels(train(None), PARAMS, X, X, platform="cpu") == 0
+    assert _dispatch.choose("moments", PLAN, "tpu", X, None) == (
+        "xla", "kernels are for GPUs, and this is compiled for tpu",
+    )  # fmt: skip
+
+
+def obstacles():
+    """What stands in the way: patches of `_dispatch`, operands, and what is said of it."""
+    wide = jax.ShapeDtypeStruct((8, 7, 7, 64), jnp.dtype("float64"))
+    here = dict(gpu=lambda _: Device("NVIDIA H100", 132, "9.0"))
+    yield "float64", {}, (wide, None), "dtype float64 is not among the kernels' (float16, bfloat16, float32)"
+    yield "another operand in float64", {}, (X, wide), "dtype float64 is not among the kernels'"
+    yield "empty", {}, (X[:0], None), "x of shape (0, 7, 7, 64) is empty"
+    old = dict(gpu=lambda _: Device("NVIDIA H100 (V100)", 80, "7.0"))
+    yield "old GPU", old, (X, None), "the GPU has compute capability 7.0, and the kernels need 8.0"
+    old = dict(gpu=lambda _: Device("NVIDIA H100 (MI50)", 60, "gfx906"))
+    yield "old AMD GPU", old, (X, None), "the GPU is gfx906, and the kernels are for gfx90a, gfx94, gfx95"
+    absent = here | dict(packages=lambda: "jax-triton is not installed: pip install 'jbn[cuda12]' or 'jbn[cuda13]'")
+    yield "a package that is missing", absent, (X, None), "jax-triton is not installed: pip install"
+
+
+OBSTACLES = {name: rest for name, *rest in obstacles()}
+
+
+@pytest.mark.parametrize("name", OBSTACLES)
+def test_obstacle(name, measured, monkeypatch):
+    """Asked for by name, kernels that cannot run raise; the default falls back, and says why."""
+    patches, operands, said = OBSTACLES[name]
+    monkeypatch.setattr(_dispatch, "measured", lambda *_: WIN)
+    for attribute, value in patches.items():
+        monkeypatch.setattr(_dispatch, attribute, value)
+    choice = _dispatch.choose("moments", PLAN, "cuda", *operands)
+    assert choice.implementation == "xla" and choice.reason.startswith(said)
+    with pytest.raises(NotImplementedError, match=f"implementation='triton' cannot be used: {re.escape(said)}"):
+        _dispatch.choose("moments", PLAN._replace(implementation="triton"), "cuda", *operands)
+
+
+def test_kernel_that_does_not_compile(on_cuda, measured, monkeypatch):
+    """One piece falls back, or the call raises with the compiler's words."""
+    from jbn import _triton
+
+    def broken(*_, **__):
+        raise ValueError("PassManager::run failed\nand more")
+
+    monkeypatch.setattr(_triton.launches, "gradient_sums", broken)
+    _triton._failure.cache_clear()
+    assert kernels(train(None), PARAMS, X, X) == 3
+    told = jbn.explain(X, platform="cuda")
+    said = "jbn_gradient_sums does not compile (ValueError: PassManager::run failed)"
+    assert told.implementation == "triton" and told.notes[0] == f"gradient_sums by xla: {said}"
+    with pytest.raises(NotImplementedError, match=re.escape(said)):
+        kernels(train("triton"), PARAMS, X, X)
+    _triton._failure.cache_clear()
+
+
+GOOD = {"jax": "0.11.2", "triton": "3.6.0", "jax-triton": "0.3.1"}
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({}, None),
+        ({"jax": "0.12.0.1", "triton": "3.9.0"}, None),
+        ({"jax-triton": "0.4.1"}, None),
+        ({"jax-triton": "0.4.1", "jax": "0.12.0.1"}, "jax-triton 0.4.1 does not work with jax 0.12.0.1: pip install"),
+        ({"jax-triton": "0.2.0"}, "jax-triton 0.2.0 is too old, 0.3.1 is the oldest that works: pip install"),
+        ({"triton": "3.5.1+git1"}, "triton 3.5.1+git1 is too old, 3.6 is the oldest that works: pip install"),
+    ],
+)
+def test_versions(change, said):
+    found = _dispatch.unusable(GOOD | change)
+    assert found is said or found.startswith(said)
+
+
+def test_missing_packages(monkeypatch):
+    def version(package):
+        if package == "jax-triton":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return GOOD[package]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    _dispatch.packages.cache_clear()
+    assert _dispatch.packages() == "jax-triton is not installed: pip install 'jbn[cuda12]' or 'jbn[cuda13]'"
+    _dispatch.packages.cache_clear()
+
+
+def test_float64_has_no_kernel():
     with jax.enable_x64(True):
         x = X.astype(jnp.float64)
         with pytest.raises(NotImplementedError, match="dtype float64 is not among the kernels'"):

@@ -363,7 +363,7 @@ PIECES = {  # shape, channel, leading batch axes, shape of the mask
 
 
 @pytest.mark.parametrize("name", PIECES)
-def test_pieces(name, monkeypatch):
+def test_pieces(name):
     """`jbn._triton` against `jbn._xla`: how arrays of any rank lie in memory, and masks of any shape."""
     import jax.numpy as jnp
 
@@ -371,9 +371,13 @@ def test_pieces(name, monkeypatch):
     from jbn._collectives import Sync
     from jbn._plan import Coefficients, Plan
 
-    monkeypatch.setattr(
-        _triton, "_call", lambda launch, *arrays: [jnp.asarray(v) for v in execute(launch, *map(np.asarray, arrays))]
-    )
+    class Interpreter(_triton.Runner):
+        def __call__(self, launch, *arrays):
+            return [jnp.asarray(v) for v in execute(launch, *map(np.asarray, arrays))]
+
+    def kernel(name, *operands):
+        return getattr(_triton, name)(*operands, runner=Interpreter("cuda"))
+
     shape, channel, batch, mask_shape = PIECES[name]
     rng = np.random.default_rng(0)
     x, residual, dy = (jnp.asarray(rng.normal(1, 2, shape), jnp.float32) for _ in range(3))
@@ -400,50 +404,24 @@ def test_pieces(name, monkeypatch):
             oracle.assert_close(a, b, n=rows, factor=2 if rows > 1 else 60)
 
     seen = _xla.moments(plan, x, mask)
-    same(_triton.moments(plan, x, mask), seen)
+    same(kernel("moments", plan, x, mask), seen)
     mean, m2 = seen[-2:]
     weight = None if mask is None else 1 / jnp.maximum(seen[0], 1)
     scale, bias = (jnp.asarray(rng.uniform(0.5, 1, vector), jnp.float32) for _ in range(2))
     epsilons = jnp.full((*shape[:batch], 1), EPSILON, jnp.float32)
     coef = Coefficients(mean, m2 if weight is None else m2 * weight, weight, epsilons, scale, bias)
     for r in (None, residual):
-        same(_triton.apply(plan, x, coef, r), _xla.apply(plan, x, coef, r))
+        same(kernel("apply", plan, x, coef, r), _xla.apply(plan, x, coef, r))
         sums = _xla.gradient_sums(plan, x, coef, r, mask, dy)
-        same(_triton.gradient_sums(plan, x, coef, r, mask, dy), sums)
+        same(kernel("gradient_sums", plan, x, coef, r, mask, dy), sums)
         want = _xla.gradient_input(plan, x, coef, r, mask, dy, sums)
-        same(_triton.gradient_input(plan, x, coef, r, mask, dy, sums), want)
-        *_, dz = _triton.gradient_sums(plan, x, coef, r, mask, dy, keep=True)
-        straight = plan._replace(activation=None)
-        (dx,) = _triton.gradient_input(straight, x, coef, None, mask, dz, sums)
-        same((dx,), want[:1])
+        same(kernel("gradient_input", plan, x, coef, r, mask, dy, sums), want)
         if r is not None:
-            same(_triton.gradient_input(straight, x, coef, r, mask, dz, sums), want)
+            kept = _xla.gradient_sums_keeping(plan, x, coef, r, mask, dy)
+            same(kernel("gradient_sums_keeping", plan, x, coef, r, mask, dy), kept)
+            *sums, dz = kept
+            (dx,) = kernel("gradient_input", plan._replace(activation=None), x, coef, None, mask, dz, sums)
+            same((dx, dz), want)
     given = plan._replace(centred=False, count=1)
     want = _xla.gradient_input(given, x, coef, None, mask, dy, ())
-    same(_triton.gradient_input(given, x, coef, None, mask, dy, ()), want)
-
-
-def test_reasons(monkeypatch):
-    """What the kernels cannot do is said."""
-    import jax
-    import jax.numpy as jnp
-
-    from jbn import _triton
-    from jbn._collectives import Sync
-    from jbn._plan import Plan
-
-    plan = Plan(1, 0, 6, True, None, jnp.dtype("float32"), Sync(), sharded=False, implementation="triton")
-    monkeypatch.setattr(_triton, "_missing", None)
-    x = jnp.ones((6, 3))
-    assert _triton.supports(plan, x) is None
-    assert _triton.supports(plan, x, None, x.astype(jnp.bfloat16)) is None
-    wide = jax.ShapeDtypeStruct((6, 3), np.dtype("float64"))
-    for reason in (_triton.supports(plan, wide), _triton.supports(plan, x, wide)):
-        assert "dtype float64 is not among the kernels' (float16, bfloat16, float32)" == reason
-    assert "is empty" in _triton.supports(plan, x[:0])
-    monkeypatch.setattr(_triton, "_device", lambda: (80, 70))
-    assert "compute capability 7.0" in _triton.supports(plan, x)
-    monkeypatch.setattr(_triton, "_missing", "No module named 'jax_triton'")
-    assert "pip install 'jbn[cuda12]' or 'jbn[cuda13]'" in _triton.supports(plan, x)
-    with pytest.raises(NotImplementedError, match="implementation='triton' cannot be used: jax-triton cannot be imp"):
-        _triton.check(plan, x, None)
+    same(kernel("gradient_input", given, x, coef, None, mask, dy, ()), want)

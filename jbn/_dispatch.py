@@ -1,0 +1,155 @@
+"""Which implementation runs.
+
+The rule: "xla" and "triton" do as they say, or raise. None takes the kernels where they were measured to win and can
+run, and plain XLA everywhere else. What was measured is a table here, so a new measurement changes data alone.
+"""
+
+import functools
+import importlib.metadata
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jbn._device import GPUS, INSTALL, gpu
+from jbn._plan import Plan
+
+
+class Win(NamedTuple):
+    """On these devices, for x of this dtype and layout and at least so many bytes, kernels took no longer than XLA."""
+
+    device: str  # what the device's kind begins with, e.g. "NVIDIA H100"
+    dtype: str
+    layout: str  # "last" or "first": where the channels are
+    size: int  # bytes of x
+    source: str  # the file of results
+
+
+# From `python -m experiments speed` on a GPU, whose summary proposes these rows. Nothing has been measured yet.
+WINS: tuple[Win, ...] = ()
+
+OLDEST = {"triton": "3.6", "jax-triton": "0.3.1"}
+CAPABILITY = 80  # the kernels' oldest compute capability, times ten
+AMD = ("gfx90a", "gfx94", "gfx95")  # what the names of architectures with a compiled kernel begin with
+
+
+class Choice(NamedTuple):
+    implementation: str  # "xla" or "triton"
+    reason: str
+
+
+def choose(name: str, plan: Plan, platform: str, x, *operands) -> Choice:
+    """What piece `name` of the op runs as, on `platform`, for operands of these shapes and dtypes.
+
+    Raises:
+      NotImplementedError: kernels are asked for by name and cannot run.
+    """
+    if plan.implementation == "xla":
+        return Choice("xla", "asked for")
+    if plan.implementation == "triton":
+        problem = obstacle(name, plan, platform, x, *operands)
+        if problem is not None:
+            raise NotImplementedError(
+                f"implementation='triton' cannot be used: {problem}; implementation='xla', or None, works here too"
+            )
+        return Choice("triton", "asked for")
+    if platform not in GPUS:
+        return Choice("xla", f"kernels are for GPUs, and this is compiled for {platform}")
+    win = measured(plan, platform, x)
+    if win is None:
+        kind = gpu(platform).kind
+        return Choice("xla", f"no measurement shows the kernels ahead for {describe(plan, x)} on {kind}")
+    problem = obstacle(name, plan, platform, x, *operands)
+    if problem is not None:
+        return Choice("xla", problem)
+    return Choice("triton", f"measured to win from {win.size} bytes on {win.device} ({win.source})")
+
+
+def kernels(name: str, platform: str):
+    """The function of piece `name` that launches kernels."""
+    from jbn import _triton
+
+    return _triton.piece(name, platform)
+
+
+def may_use_kernels(plan: Plan, x) -> bool:
+    """Whether kernels may be chosen on some device; known at tracing, before the platform is."""
+    if plan.implementation is None:
+        return any(_covers(win, plan, x) for win in WINS)
+    return plan.implementation == "triton"
+
+
+def measured(plan: Plan, platform: str, x) -> Win | None:
+    """The row of the table that says the kernels win."""
+    kind = gpu(platform).kind
+    return next((win for win in WINS if kind.startswith(win.device) and _covers(win, plan, x)), None)
+
+
+def obstacle(name: str, plan: Plan, platform: str, x, *operands) -> str | None:
+    """Why the kernels cannot do this, or None if they can."""
+    if platform not in GPUS:
+        return f"the kernels need a GPU, and this is compiled for {platform}"
+    for value in (x, *jax.tree.leaves(operands), plan):
+        kind = jnp.dtype(value.dtype).name
+        if kind not in ("float16", "bfloat16", "float32", "bool"):
+            return f"dtype {kind} is not among the kernels' (float16, bfloat16, float32)"
+    if x.size == 0:
+        return f"x of shape {x.shape} is empty"
+    architecture = gpu(platform).architecture
+    if architecture.startswith("gfx"):
+        if not architecture.startswith(AMD):
+            return f"the GPU is {architecture}, and the kernels are for {', '.join(AMD)}"
+    elif gpu(platform).capability < CAPABILITY:
+        return f"the GPU has compute capability {architecture}, and the kernels need {CAPABILITY / 10}"
+    problem = packages()
+    if problem is not None:
+        return problem
+    from jbn import _triton
+
+    return _triton.failure(name, plan, platform, x, *operands)
+
+
+@functools.cache
+def packages() -> str | None:
+    """Why the packages installed cannot launch kernels."""
+    found = {}
+    for package in ("jax", *OLDEST):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return f"{package} is not installed: {INSTALL}"
+    return unusable(found)
+
+
+def unusable(versions: dict[str, str]) -> str | None:
+    """What is wrong with these versions of jax, triton and jax-triton together."""
+    for package, oldest in OLDEST.items():
+        if _release(versions[package]) < _release(oldest):
+            return f"{package} {versions[package]} is too old, {oldest} is the oldest that works: {INSTALL}"
+    if _release(versions["jax-triton"]) >= (0, 4) and _release(versions["jax"]) >= (0, 12):
+        return (
+            f"jax-triton {versions['jax-triton']} does not work with jax {versions['jax']}: "
+            "pip install 'jax-triton<0.4', or jax below 0.12"
+        )
+    return None
+
+
+def layout(plan: Plan, x) -> str:
+    return "last" if plan.channel == len(x.shape) - 1 else "first"
+
+
+def describe(plan: Plan, x) -> str:
+    return f"{jnp.dtype(x.dtype).name}, channels {layout(plan, x)}, {_bytes(x)} bytes"
+
+
+def _covers(win: Win, plan: Plan, x) -> bool:
+    return (win.dtype, win.layout) == (jnp.dtype(x.dtype).name, layout(plan, x)) and _bytes(x) >= win.size
+
+
+def _bytes(x) -> int:
+    return x.size * jnp.dtype(x.dtype).itemsize
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d+", version.split("+")[0])[:3])

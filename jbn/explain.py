@@ -1,0 +1,279 @@
+"""What would run for a call of batch norm: implementation and reason, kernels, tiles, launches, bytes, collectives."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import core
+from jax.extend.core import jaxprs_in_params
+from jax.sharding import NamedSharding
+from jax.typing import DTypeLike
+
+from jbn import _check, _dispatch, _merge
+from jbn._device import GPUS, default_platform, gpu
+from jbn._partition import full, ways
+from jbn._plan import Plan, compute_dtype
+from jbn.functional import Activation, BNParams, BNState, Implementation, bn_eval, bn_train
+
+PASSES = ("forward", "backward", "inference")
+
+
+class KernelLaunch(NamedTuple):
+    """One launch of a kernel, on one device."""
+
+    kernel: str
+    tile: tuple[int, int]  # rows × channels
+    programs: int
+    threads: int  # of a program
+    loaded: int  # bytes
+    stored: int  # bytes
+
+
+class Collective(NamedTuple):
+    """What devices send each other."""
+
+    kind: str  # "all-gather", "all-reduce"; with a vmapped axis, its arithmetic
+    size: int  # bytes of its result on each device
+    what: str
+
+
+class Explanation(NamedTuple):
+    """`str()` shows all of it. `launches` and `collectives` are by pass: "forward", "backward", "inference"."""
+
+    implementation: str | None  # "xla", "triton"; None where the call raises
+    reason: str
+    platform: str
+    device: str
+    shape: tuple[int, ...]  # of x on one device
+    launches: dict[str, tuple[KernelLaunch, ...]]  # empty where XLA chooses its own
+    floor: dict[str, int]  # bytes: every launch reads and writes each tensor of x's size once
+    collectives: dict[str, tuple[Collective, ...]]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        runs = "raises NotImplementedError" if self.implementation is None else self.implementation
+        lines = [f"{runs}: {self.reason}", f"x {'×'.join(map(str, self.shape))} on {self.device} ({self.platform})"]
+        for name in PASSES:
+            launches = self.launches.get(name, ())
+            total = sum(launch.loaded + launch.stored for launch in launches)
+            over = f", {total / self.floor[name]:.3f} of it asked for" if launches and self.floor[name] else ""
+            lines.append(f"{name}: {len(launches) or 'XLA’s own'} launches, floor {_size(self.floor[name])}{over}")
+            lines += [
+                f"  {k.kernel}: {k.programs} programs of {k.threads} threads, tiles {k.tile[0]} rows × {k.tile[1]} "
+                f"channels, {_size(k.loaded)} loaded, {_size(k.stored)} stored"
+                for k in launches
+            ]
+            lines += [f"  {c.kind} of {_size(c.size)}: {c.what}" for c in self.collectives.get(name, ())]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def explain(
+    x: Any,
+    *,
+    axis: int = -1,
+    mask: Any = None,
+    residual: Any = None,
+    activation: Activation | None = None,
+    dtype: DTypeLike | None = None,
+    use_scale: bool = True,
+    use_bias: bool = True,
+    virtual_batch_size: int | None = None,
+    axis_name: str | Sequence[str] | None = None,
+    axis_size: int | None = None,
+    implementation: Implementation | None = None,
+    platform: str | None = None,
+) -> Explanation:
+    """What `bn_train`, its gradient and `bn_eval` run as with these arguments; nothing is computed.
+
+    Args:
+      x: an array or `jax.ShapeDtypeStruct`; one with a `NamedSharding` stands for a call under `jit`, and is then
+        explained for one device's part of it.
+      mask, residual: arrays, `jax.ShapeDtypeStruct`s or None. Other options are those of `bn_train`.
+      use_scale, use_bias: whether the parameters have them.
+      axis_size: members of `axis_name` in all; None for the number of devices.
+      platform: "cpu", "cuda", "rocm" or "tpu"; None for this host's. For a GPU that is not here it is a forecast, for
+        the device that the answer names.
+
+    Returns:
+      `Explanation`; print it.
+
+    Raises:
+      TypeError, ValueError: for an argument that `bn_train` would not take, naming it.
+    """
+    platform = platform or default_platform()
+    if platform not in ("cpu", "tpu", *GPUS):
+        raise ValueError(f"platform is {platform!r}, expected None, 'cpu', 'cuda', 'rocm' or 'tpu': give one of these")
+    whole = _abstract("x", x)
+    jax.eval_shape(_check.check_input, whole)
+    channel = _check.check_axis(axis, whole)
+    parts, gathered = _division(whole)
+    members = math.prod(n for a, n in enumerate(parts) if a != channel)
+    given = {"x": whole, "mask": mask, "residual": residual}
+    x, mask, residual = (None if v is None else _part(_abstract(n, v), whole, parts) for n, v in given.items())
+    if axis_name is not None:
+        members *= axis_size or jax.device_count()
+
+    vector: Any = jax.ShapeDtypeStruct((x.shape[channel],), compute_dtype(x.dtype))
+    params = BNParams(vector if use_scale else None, vector if use_bias else None)
+    state = BNState(vector, vector)
+    options: dict[str, Any] = dict(axis=axis, activation=activation, dtype=dtype, implementation=implementation)
+
+    def train(params, state, x, mask, residual):
+        def f(params, x, residual):
+            return bn_train(
+                params, state, x, mask=mask, residual=residual, virtual_batch_size=virtual_batch_size, **options
+            )
+
+        y, backward, _ = jax.vjp(f, params, x, residual, has_aux=True)
+        return y, backward(y)
+
+    def infer(params, state, x, residual):
+        return bn_eval(params, state, x, residual=residual, **options)
+
+    trained = list(_pieces(jax.make_jaxpr(train)(params, state, x, mask, residual).jaxpr))
+    pieces = {
+        "forward": [p for p in trained if not p.name.startswith("gradient")],
+        "backward": [p for p in trained if p.name.startswith("gradient")],
+        "inference": list(_pieces(jax.make_jaxpr(infer)(params, state, x, residual).jaxpr)),
+    }
+    chosen, reason, notes = _choice(platform, [p for name in PASSES for p in pieces[name]])
+    notes += [f"axis {a} of x, {whole.shape[a]} long, is not divided evenly: it is gathered" for a in gathered]
+    if platform in GPUS and not gpu(platform).here:
+        notes.append(f"no such GPU is here: a forecast for one of {gpu(platform).processors} multiprocessors")
+    return Explanation(
+        chosen,
+        reason,
+        platform,
+        gpu(platform).kind if platform in GPUS else platform,
+        x.shape,
+        {name: _launches(found, platform) for name, found in pieces.items()} if chosen == "triton" else {},
+        {name: sum(map(_floor, found)) for name, found in pieces.items()},
+        _collectives(members, vector, mask is not None, virtual_batch_size is not None),
+        tuple(notes),
+    )
+
+
+class _Piece(NamedTuple):
+    """A piece of the op as the traced program has it; operands and outputs are shapes and dtypes."""
+
+    name: str
+    plan: Plan
+    operands: tuple[Any, ...]
+    outputs: list[Any]
+
+
+def _pieces(jaxpr) -> Iterator[_Piece]:
+    """The pieces in a traced program, in order."""
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name.removeprefix("jbn_")
+        if name != equation.primitive.name:
+            operands = jax.tree.unflatten(equation.params["tree"], [v.aval for v in equation.invars])
+            yield _Piece(name, equation.params["plan"], operands, [v.aval for v in equation.outvars])
+        else:
+            for inner in jaxprs_in_params(equation.params):
+                yield from _pieces(inner)
+
+
+def _choice(platform: str, pieces: list[_Piece]) -> tuple[str | None, str, list[str]]:
+    """The implementation of a call, why, and what else there is to say."""
+    try:
+        choices = {p.name: _dispatch.choose(p.name, p.plan, platform, *p.operands) for p in pieces}
+    except NotImplementedError as error:
+        return None, str(error), []
+    notes = []
+    by_kernels = [choice for choice in choices.values() if choice.implementation == "triton"]
+    if by_kernels:
+        notes += [f"{n} by xla: {c.reason}" for n, c in choices.items() if c.implementation == "xla"]
+        return by_kernels[0].implementation, by_kernels[0].reason, notes
+    obstacles = (_dispatch.obstacle(p.name, p.plan, platform, *p.operands) for p in pieces)
+    problem = next(filter(None, obstacles), None)
+    if platform in GPUS:
+        notes.append(f"implementation='triton' would {f'raise: {problem}' if problem else 'run the kernels'}")
+    first = choices[pieces[0].name]
+    return first.implementation, first.reason, notes
+
+
+def _launches(pieces: list[_Piece], platform: str) -> tuple[KernelLaunch, ...]:
+    from jbn import _triton
+
+    found = []
+    for p in pieces:
+        if _dispatch.choose(p.name, p.plan, platform, *p.operands).implementation != "triton":
+            continue
+        for launch, loaded, stored in _triton.launches_of(p.name, p.plan, platform, *p.operands):
+            tile, threads = (launch.tiling.ROWS, launch.tiling.CHANNELS), 32 * launch.tiling.warps
+            found.append(KernelLaunch(launch.kernel.__name__, tile, launch.programs, threads, loaded, stored))
+    return tuple(found)
+
+
+def _floor(piece: _Piece) -> int:
+    """Bytes when every tensor of x's size, and the mask at its own, is read or written once."""
+    name, plan, operands, outputs = piece
+    x = operands[0]
+    tensors = [v for v in (*jax.tree.leaves(operands), *outputs) if v.ndim == x.ndim]
+    if name == "apply":
+        tensors = [v for v in tensors if v.dtype != bool]  # every position is normalised
+    elif name == "gradient_input" and plan.activation is None:
+        _, _, residual, mask, *_ = operands
+        # ȳ is the residual's cotangent as it is; with statistics given x̄ is ȳ scaled
+        unread = [residual, residual] if residual is not None else []
+        unread += [] if plan.centred else [x, *([] if mask is None else [mask])]
+        return sum(map(_bytes, tensors)) - sum(map(_bytes, unread))
+    elif name == "gradient_sums" and plan.activation is None and operands[2] is not None:
+        tensors.remove(operands[2])
+    return sum(map(_bytes, tensors))
+
+
+def _collectives(members: int, vector, masked: bool, virtual: bool) -> dict[str, tuple[Collective, ...]]:
+    """What `members` devices that share channels send each other; `vector` is over the channels."""
+    if members == 1:
+        return {}
+    one = _bytes(vector)
+    sent = (3 if masked or virtual else 2) * one
+    if members * sent <= _merge.GATHER_LIMIT:
+        forward = (Collective("all-gather", members * sent, f"moments of {members} parts"),)
+    else:
+        forward = (
+            Collective("all-reduce", sent - one, "counts and means" if masked or virtual else "means"),
+            Collective("all-reduce", one, "squared deviations from the common mean"),
+        )
+    backward = () if virtual else (Collective("all-reduce", 2 * one, "sums of z̄ and z̄ · x̂"),)
+    return {"forward": forward, "backward": backward}
+
+
+def _division(x) -> tuple[list[int], list[int]]:
+    """How many parts each axis of x has, and the axes that are gathered since theirs would be uneven."""
+    sharding = x.sharding
+    if not isinstance(sharding, NamedSharding):
+        return [1] * x.ndim, []
+    asked = [ways(sharding.mesh, entry) for entry in full(sharding.spec, x.ndim)]
+    even = [w if n % w == 0 else 1 for n, w in zip(x.shape, asked, strict=True)]
+    return even, [a for a, (w, n) in enumerate(zip(asked, even, strict=True)) if w != n]
+
+
+def _abstract(name, value) -> jax.ShapeDtypeStruct:
+    """Shape, dtype and sharding."""
+    if not (hasattr(value, "shape") and hasattr(value, "dtype")):
+        raise TypeError(f"{name} is a {type(value).__name__}, expected an array or a jax.ShapeDtypeStruct: make it one")
+    traced = isinstance(value, core.Tracer)
+    sharding = jax.typeof(value).sharding if traced else getattr(value, "sharding", None)
+    dtype = jax.dtypes.canonicalize_dtype(value.dtype)
+    return jax.ShapeDtypeStruct(value.shape, dtype, sharding=sharding)
+
+
+def _part(value, whole, parts: list[int]) -> jax.ShapeDtypeStruct:
+    """One device's part of an array that lies like x."""
+    if len(value.shape) != len(whole.shape):
+        return value  # which `bn_train` refuses, with the reason
+    shape = [n // p if n == size else n for n, size, p in zip(value.shape, whole.shape, parts, strict=True)]
+    return jax.ShapeDtypeStruct(tuple(shape), value.dtype)
+
+
+def _bytes(value) -> int:
+    return math.prod(value.shape) * jnp.dtype(value.dtype).itemsize
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.3f} MB" if count >= 1e4 else f"{count} bytes"

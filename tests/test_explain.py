@@ -1,0 +1,123 @@
+"""What `explain` says, against what is compiled, counted and refused."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jbn
+
+X = jax.ShapeDtypeStruct((8, 56, 56, 64), jnp.bfloat16)
+BYTES = 8 * 56 * 56 * 64 * 2
+MASK = jax.ShapeDtypeStruct((8, 1, 1, 1), bool)
+
+
+@pytest.fixture(scope="module")
+def triton():
+    pytest.importorskip("jax_triton", reason="jax-triton is not installed", exc_type=ImportError)
+
+
+def test_xla_on_this_host():
+    told = jbn.explain(jnp.ones((6, 3)))
+    assert told.implementation == "xla"
+    assert told.reason == "kernels are for GPUs, and this is compiled for cpu"
+    assert told.launches == {} and told.collectives == {}
+    assert "forward: XLA’s own launches, floor 216 bytes" in str(told)
+
+
+FLOORS = {  # DESIGN's table: passes over x forward, backward, in inference
+    "plain": ({}, 3, 5, 2),
+    "relu": ({"activation": "relu"}, 3, 5, 2),
+    "residual": ({"residual": X}, 4, 5, 3),
+    "residual, relu": ({"residual": X, "activation": "relu"}, 4, 7, 3),
+    "mask": ({"mask": jax.ShapeDtypeStruct(X.shape, bool)}, 3.5, 6, 2),
+    "float32 out": ({"dtype": jnp.float32}, 4, 7, 3),
+}
+
+
+@pytest.mark.parametrize("name", FLOORS)
+def test_floor_and_launches(triton, name):
+    options, *passes = FLOORS[name]
+    told = jbn.explain(X, platform="cuda", implementation="triton", **options)
+    assert (told.implementation, told.reason) == ("triton", "asked for")
+    for key, count in zip(("forward", "backward", "inference"), passes, strict=True):
+        assert told.floor[key] == count * BYTES
+        asked = sum(k.loaded + k.stored for k in told.launches[key])
+        assert told.floor[key] <= asked <= 1.02 * told.floor[key]
+        assert len(told.launches[key]) == (1 if key == "inference" else 2)
+    kernels = [k.kernel for k in told.launches["forward"] + told.launches["backward"]]
+    assert kernels == ["jbn_moments", "jbn_apply", "jbn_gradient_sums", "jbn_gradient_input"]
+    text = str(told)
+    assert text.startswith("triton: asked for\nx 8×56×56×64 on NVIDIA H100 (cuda)\nforward: 2 launches, floor ")
+    assert "a forecast for one of 132 multiprocessors" in text
+
+
+def test_rows_of_a_mask_are_read_at_their_own_size():
+    told = jbn.explain(X, mask=MASK)
+    assert told.floor == {"forward": 3 * BYTES + 8, "backward": 5 * BYTES + 16, "inference": 2 * BYTES}
+
+
+def test_default_on_a_gpu_is_xla_as_nothing_is_measured():
+    told = jbn.explain(X, platform="cuda")
+    assert told.implementation == "xla"
+    assert told.reason.startswith("no measurement shows the kernels ahead for bfloat16, channels last, 3211264 bytes")
+    assert told.notes[0].startswith("implementation='triton' would ")
+
+
+def test_what_would_raise():
+    told = jbn.explain(X, implementation="triton")
+    assert told.implementation is None
+    assert "the kernels need a GPU, and this is compiled for cpu" in told.reason
+    assert str(told).startswith("raises NotImplementedError: implementation='triton' cannot be used")
+
+
+def test_virtual_batches_are_batches_of_the_same_kernels(triton):
+    told = jbn.explain(X, platform="cuda", implementation="triton", virtual_batch_size=4, activation="silu")
+    assert [len(found) for found in told.launches.values()] == [2, 2, 1]
+
+
+def mesh(devices):
+    return jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def test_collectives_of_a_sharded_call(devices):
+    x = jax.ShapeDtypeStruct(X.shape, X.dtype, sharding=NamedSharding(mesh(devices), P("a", None, None, "b")))
+    told = jbn.explain(x)
+    assert told.shape == (2, 56, 56, 32)
+    assert [(c.kind, c.size) for c in told.collectives["forward"]] == [("all-gather", 4 * 2 * 32 * 4)]
+    assert [(c.kind, c.size) for c in told.collectives["backward"]] == [("all-reduce", 2 * 32 * 4)]
+    assert not told.notes
+
+
+def test_an_uneven_axis_is_gathered(devices):
+    x = jax.ShapeDtypeStruct((9, 56, 56, 64), X.dtype, sharding=NamedSharding(mesh(devices), P("a", "b")))
+    told = jbn.explain(x, mask=jax.ShapeDtypeStruct((9, 56, 1, 1), bool))
+    assert told.shape == (9, 28, 56, 64)
+    assert told.notes == ("axis 0 of x, 9 long, is not divided evenly: it is gathered",)
+    assert [(c.kind, c.size) for c in told.collectives["forward"]] == [("all-gather", 2 * 3 * 64 * 4)]
+
+
+def test_channels_on_devices_of_their_own_send_nothing(devices):
+    x = jax.ShapeDtypeStruct(X.shape, X.dtype, sharding=NamedSharding(mesh(devices), P(None, None, None, "b")))
+    assert jbn.explain(x).collectives == {}
+
+
+def test_collectives_of_named_axes():
+    told = jbn.explain(X, axis_name="data", axis_size=16)
+    assert [(c.kind, c.size) for c in told.collectives["forward"]] == [("all-gather", 16 * 2 * 64 * 4)]
+    told = jbn.explain(X, axis_name="data", axis_size=10_000)
+    assert [(c.kind, c.size) for c in told.collectives["forward"]] == [("all-reduce", 256), ("all-reduce", 256)]
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="platform is 'gpu', expected None, 'cpu', 'cuda', 'rocm' or 'tpu'"):
+        jbn.explain(X, platform="gpu")
+    with pytest.raises(ValueError, match="axis is 4, out of range"):
+        jbn.explain(X, axis=4)
+    with pytest.raises(TypeError, match="x has dtype int32, expected one of"):
+        jbn.explain(jnp.arange(3))
+    with pytest.raises(ValueError, match=r"residual has shape \(3,\), expected x's shape"):
+        jbn.explain(X, residual=jnp.ones(3))
+    with pytest.raises(TypeError, match="x is a list, expected an array"):
+        jbn.explain([1.0])
