@@ -1,5 +1,6 @@
 """How every figure looks: type, colours that colour-blind readers tell apart, bands for deviation."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -87,3 +88,27 @@ def name(axes: Any, x: float, y: float, text: str, color: str, **where: Any) -> 
     """Writes `text` beside a point, in its curve's colour: what a legend would say, where the eye is."""
     where = {"xytext": (4, 0), "va": "center", **where}
     axes.annotate(text, (x, y), textcoords="offset points", color=color, weight="bold", annotation_clip=False, **where)
+
+
+def key(axes: Any, colors: dict[str, str], x: float = 0.03, y: float = 0.97, **where: Any) -> None:
+    """Writes each text in its curve's colour, one under another from (x, y), fractions of the panel.
+
+    For curves that lie too close for a name beside each; in the order of the curves, top first.
+    """
+    where = {"va": "top", "weight": "bold", **where}
+    for row, (text, color) in enumerate(colors.items()):
+        down = -12 * row if where["va"] == "top" else 12 * (len(colors) - 1 - row)
+        axes.annotate(text, (x, y), (0, down), "axes fraction", "offset points", color=color, **where)
+
+
+def decades(axes: Any) -> None:
+    """Ticks for a y axis of logarithms to base 10: powers of ten, with 2 and 5 times these where they are few."""
+    low, high = axes.get_ylim()
+    factors = (1, 2, 5) if high - low < 3 else (1,)
+    apart = max(1, math.ceil((high - low) / 7))
+    powers = range(apart * math.floor(low / apart), math.ceil(high) + 1, apart)
+    ticks = [power + math.log10(factor) for power in powers for factor in factors]
+    axes.set_yticks([tick for tick in ticks if low <= tick <= high])
+    far = max(abs(low), abs(high)) > 4
+    axes.yaxis.set_major_formatter(lambda value, _: f"$10^{{{value:.0f}}}$" if far else f"{10**value:g}")
+    axes.set_ylim(low, high)
