@@ -13,6 +13,7 @@ from jbn._collectives import Groups
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 IMPLEMENTATIONS = (None, "xla", "triton")
+UNSPLIT = "jbn_unsplit"  # an axis name, bound where XLA alone is to say how arrays are split over devices
 
 
 def check_input(x) -> jax.Array:
@@ -153,37 +154,16 @@ def check_between(name: str, value, low: float, high: float):
     return value
 
 
-def check_virtual(size, x, channel: int) -> tuple[int, int] | None:
-    """The axis of the examples and how many make a virtual batch, or None."""
-    if size is None:
-        return None
-    size = check_positive("virtual_batch_size", size, "None or a positive integer", "give a divisor of the examples")
-    if x.ndim < 2:
-        raise ValueError(
-            f"virtual_batch_size is {size}, but x of shape {x.shape} has no axis of examples to group: leave it out"
-        )
-    examples = 1 if channel == 0 else 0
-    if x.shape[examples] % size:
-        raise ValueError(
-            f"virtual_batch_size is {size}, which does not divide the {x.shape[examples]} examples of x of shape "
-            f"{x.shape}: give a divisor, or drop the examples left over"
-        )
-    # of no examples there is no virtual batch, and the whole is as good
-    return (examples, size) if x.shape[examples] else None
-
-
 def check_names(axis_name, groups) -> tuple[tuple[str, ...], Groups]:
     """The bound axis names, and their groups as tuples."""
     names = () if axis_name is None else tuple(axis_name) if _several(axis_name) else (axis_name,)
     for name in names:
-        try:
-            lax.axis_size(name)
-        except NameError:
+        if not _bound(name):
             raise ValueError(
                 f"axis_name has {name!r}, which is not bound here: call inside shard_map, pmap or "
                 f"vmap(axis_name={name!r}), or leave axis_name out (under jit with sharded arrays statistics are "
                 "global without it)"
-            ) from None
+            )
     if groups is None:
         return names, None
     if len(names) != 1:
@@ -201,8 +181,16 @@ def check_names(axis_name, groups) -> tuple[tuple[str, ...], Groups]:
 
 
 def splittable() -> bool:
-    """Whether `jit` may split arrays over devices here: not inside `shard_map` or `pmap`, where shards are local."""
-    return not jax.sharding.get_abstract_mesh().manual_axes
+    """Whether `jit` may split arrays by our rules here: not in `shard_map` or `pmap`, where shards are local."""
+    return not (jax.sharding.get_abstract_mesh().manual_axes or _bound(UNSPLIT))
+
+
+def _bound(name: str) -> bool:
+    try:
+        lax.axis_size(name)
+    except NameError:
+        return False
+    return True
 
 
 def _several(axis_name) -> bool:

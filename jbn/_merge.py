@@ -63,6 +63,19 @@ def _merge_by_sums(own: Moments, members: int, sync: Sync) -> Moments:
     return Moments(count, mean, m2)
 
 
+def pool_along(parts: Moments) -> Moments:
+    """Merges moments stacked along their first axis, a count for each channel, by sums, which XLA splits over devices.
+
+    The pivot, a mean of one of the parts, makes it exact for a constant channel.
+    """
+    count = jnp.sum(parts.count, 0, keepdims=True)
+    pivot = jnp.max(parts.mean, 0, keepdims=True, where=parts.count > 0, initial=-jnp.inf)
+    pivot = choose(count > 0, pivot, 0)
+    mean = pivot + jnp.sum(parts.count * (parts.mean - pivot), 0, keepdims=True) / jnp.maximum(count, 1)
+    m2 = jnp.sum(parts.m2 + parts.count * jnp.square(parts.mean - mean), 0)
+    return Moments(count[0], mean[0], m2)
+
+
 def merge_along(members: Moments) -> Moments:
     """Merges moments stacked along their first axis, pairwise; a static count is that of each one."""
     size = members.mean.shape[0]

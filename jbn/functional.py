@@ -10,9 +10,10 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jbn import _check
 from jbn._collectives import Sync
-from jbn._merge import Moments, merge_across, merge_along
+from jbn._merge import Moments, merge_across, pool_along
 from jbn._op import Learned, Running, normalize_eval, normalize_train
 from jbn._plan import Plan, compute_dtype
+from jbn._virtual import Virtual, check_virtual, each
 
 Activation = Literal["relu", "relu6", "leaky_relu", "silu", "hard_swish"]
 Implementation = Literal["xla", "triton"]
@@ -98,7 +99,9 @@ def bn_train(
       activation: "relu", "relu6", "leaky_relu" (slope 0.01), "silu", "hard_swish", or None.
       dtype: of y; None for x's.
       virtual_batch_size: k normalises each run of k examples along the first axis that is not `axis` with its own
-        statistics (ghost batch norm, Hoffer et al. 2017); the state sees the merged ones.
+        statistics (ghost batch norm, Hoffer et al. 2017); the state sees the merged ones. Devices that hold whole runs
+        send each other nothing for y. With `axis_name` members' examples are consecutive, and a run of k may be shared
+        by several of them.
       unbiased: the state keeps var · n / max(n − 1, 1), as PyTorch does. y always uses the biased one.
       axis_name: one or several axes bound by `shard_map`, `pmap` or `vmap`, whose members share the statistics,
         weighted by their counts. Without it they are each member's own. (Under plain `jit` they are global.)
@@ -118,15 +121,14 @@ def bn_train(
     mask = _check.check_mask(mask, x)
     momentum = _check.check_between("momentum", momentum, 0, 1)
     sync = Sync(*_check.check_names(axis_name, axis_index_groups))
-    virtual = _check.check_virtual(virtual_batch_size, x, plan.channel)
+    virtual = check_virtual(virtual_batch_size, x, plan.channel, sync)
     state = jax.tree.map(lax.stop_gradient, state)
     running = _running(state, x)
 
     if virtual is None:
         y, seen = normalize_train(plan._replace(sync=sync), x, learned, mask, running)
     else:
-        y, seen = _normalize_virtual(plan, *virtual, x, learned, mask, running)
-        seen = merge_across(merge_along(seen), sync)
+        y, seen = _normalize_virtual(plan, virtual, sync, x, learned, mask, running)
     return y, _moved(state, seen, momentum, unbiased)
 
 
@@ -185,24 +187,21 @@ def _running(state: BNState, x) -> Running:
     return Running(*(jnp.asarray(v).astype(compute_dtype(x.dtype)) for v in state))
 
 
-def _normalize_virtual(plan: Plan, examples: int, size: int, x, learned: Learned, mask, running: Running):
-    """Each run of `size` examples as a batch of its own; moments come stacked."""
-
-    def split(value):
-        shape = value.shape
-        return value.reshape(*shape[:examples], shape[examples] // size, size, *shape[examples + 1 :])
+def _normalize_virtual(plan: Plan, virtual: Virtual, sync: Sync, x, learned: Learned, mask, running: Running):
+    """y, each virtual batch normalised by itself, and the moments of all of them."""
+    if virtual.members > 1:
+        y, seen = normalize_train(plan._replace(sync=virtual.sync), x, learned, mask, running)
+        if virtual.sync == sync:
+            return y, seen
+        share = seen._replace(count=seen.count / virtual.members, m2=seen.m2 / virtual.members)
+        return y, merge_across(share, sync)
 
     def normalize(x, residual, mask):
-        return normalize_train(plan, x, learned._replace(residual=residual), mask, running)
+        own = plan._replace(sharded=_check.splittable())
+        return normalize_train(own, x, learned._replace(residual=residual), mask, running)
 
-    residual = learned.residual
-    shared_mask = mask is None or mask.shape[examples] == 1
-    y, seen = jax.vmap(
-        normalize,
-        in_axes=(examples, None if residual is None else examples, None if shared_mask else examples),
-        out_axes=(examples, 0),
-    )(split(x), None if residual is None else split(residual), mask if shared_mask else split(mask))
-    return y.reshape(x.shape), seen
+    y, seen = each(normalize, virtual, x, learned.residual, mask, plan.implementation)
+    return y, merge_across(pool_along(jax.tree.map(lax.stop_gradient, seen)), sync)
 
 
 def _moved(state: BNState, seen: Moments, momentum, unbiased: bool) -> BNState:

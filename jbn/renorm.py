@@ -1,6 +1,6 @@
 """Batch renormalization: training sees what inference will, for batches that are small or not independent."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,9 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jbn import _check
+from jbn._collectives import Sync
 from jbn._plan import compute_dtype
+from jbn._virtual import check_virtual, each
 from jbn.functional import Activation, BNParams, BNState, Implementation, bn_train
 
 
@@ -61,7 +63,8 @@ def brn_train(
     r_max = _check.check_between("r_max", r_max, 1, float("inf"))
     d_max = _check.check_between("d_max", d_max, 0, float("inf"))
     mask = _check.check_mask(mask, x)
-    virtual = _check.check_virtual(virtual_batch_size, x, channel)
+    names = Sync(*_check.check_names(axis_name, axis_index_groups))
+    virtual = check_virtual(virtual_batch_size, x, channel, names)
     kind = compute_dtype(x.dtype)
     running = jax.tree.map(lambda v: lax.stop_gradient(jnp.asarray(v).astype(kind)), state)
     sync = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
@@ -87,22 +90,14 @@ def brn_train(
     new_params = params if virtual or identity else corrected(x, mask, **sync)
     y, new_state = bn_train(new_params, state, x, mask=mask, residual=residual, **shaping, **moving, **sync)
     if virtual and not identity:  # of that y nothing is computed under jit either
+        shared = {"axis_name": virtual.sync.names or None, "axis_index_groups": virtual.sync.groups}
 
         def normalized(x, residual, mask):
-            return bn_train(corrected(x, mask), running, x, mask=mask, residual=residual, **shaping)[0]
+            own = corrected(x, mask, **shared)
+            return bn_train(own, running, x, mask=mask, residual=residual, **shaping, **shared)
 
-        y = _each(normalized, *virtual, x, residual, mask)
+        if virtual.members > 1:
+            y, _ = normalized(x, residual, mask)
+        else:
+            y, _ = each(normalized, virtual, x, residual, mask, implementation)
     return y, new_state
-
-
-def _each(function: Callable, examples: int, size: int, x, residual, mask) -> jax.Array:
-    """The function on each run of `size` examples."""
-
-    def split(value):
-        shape = value.shape
-        return value.reshape(*shape[:examples], shape[examples] // size, size, *shape[examples + 1 :])
-
-    given = [None if v is None else jnp.asarray(v) for v in (x, residual, mask)]
-    along = [None if v is None or v.shape[examples] == 1 != x.shape[examples] else examples for v in given]
-    parts = [v if at is None else split(v) for v, at in zip(given, along, strict=True)]
-    return jax.vmap(function, in_axes=along, out_axes=examples)(*parts).reshape(x.shape)
