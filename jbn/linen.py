@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from jbn import BNParams, BNState, bn_eval
 from jbn._flax import feature_axis, full_rank_mask, left_to_flax, training, with_result_dtype
+from jbn._fold_linen import fold as fold
 from jbn._recalibrate_linen import recalibrate as recalibrate
 
 # Without Flax's method wrapper, so that a call left to it is captured and tabulated once, not twice.

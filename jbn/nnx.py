@@ -25,6 +25,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 
 from jbn import BNParams, BNState, bn_eval
 from jbn._flax import feature_axis, full_rank_mask, left_to_flax, training, with_result_dtype
+from jbn._fold_nnx import fold as fold
 from jbn._recalibrate_nnx import recalibrate as recalibrate
 
 

@@ -84,7 +84,8 @@ def test_no_cycles():
     [
         (
             "flax",
-            {"jbn.linen", "jbn.nnx", "jbn._flax", "jbn._recalibrate_linen", "jbn._recalibrate_nnx", "experiments"},
+            {"jbn.linen", "jbn.nnx", "jbn._flax", "experiments"}
+            | {f"jbn._{what}_{kind}" for what in ("recalibrate", "fold") for kind in ("linen", "nnx")},
         ),
         ("jax_triton", {"jbn._triton"}),
         ("jbn.kernels", {"jbn._triton", "jbn.kernels"}),

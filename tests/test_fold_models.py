@@ -1,0 +1,331 @@
+"""Whole models folded for inference: the same outputs, and a reason for every batch norm that stays."""
+
+import functools
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from layers import bf16, f32
+from oracle import assert_close
+
+import jbn.linen
+import jbn.nnx
+from experiments import models
+
+Norm = functools.partial(jbn.linen.BatchNorm, use_running_average=True, epsilon=1e-2)
+IMAGE = (2, 6, 6, 4)
+
+
+def noisy(tree, seed=3):
+    """The same leaves, none of them at its initial value; kernels keep their scale."""
+    rng = np.random.default_rng(seed)
+
+    def draw(a):
+        return jnp.asarray(rng.uniform(0.5, 1.5, a.shape), a.dtype) if a.ndim == 1 else a
+
+    return jax.tree.map(draw, tree)
+
+
+def image(shape=IMAGE, dtype=f32):
+    return jnp.asarray(np.random.default_rng(0).normal(0.5, 1, shape), dtype)
+
+
+def linen_fold(model, x, tolerance=1.0, **call):
+    """(folded, left) of a model whose outputs stay as they are."""
+    variables = noisy(jax.jit(lambda key: model.init(key, x, **call))(jax.random.key(0)))
+    kept = jax.tree.map(np.array, variables)
+    got = jbn.linen.fold(model, variables, jax.ShapeDtypeStruct(x.shape, x.dtype), **call)
+    y = jax.jit(lambda v, x: got.apply(v, x, **call))(got.variables, x)
+    want = jax.jit(lambda v, x: model.apply(v, x, **call))(variables, x)
+    assert y.dtype == want.dtype
+    assert_close(y, want, n=1000, factor=4 * tolerance)
+    jax.tree.map(np.testing.assert_array_equal, variables, kept)
+    paths = {"/".join(k.key for k in path[1:-1]) for path, _ in jax.tree_util.tree_leaves_with_path(got.variables)}
+    assert not paths & got.folded.keys() and got.left.keys() <= paths
+    return got.folded, got.left
+
+
+def small(function):
+    """A linen model from `function(x)`."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return function(x)
+
+    return Model()
+
+
+LAYERS = {
+    "dense": lambda x: Norm()(nn.Dense(5)(x)),
+    "no bias": lambda x: Norm()(nn.Dense(5, use_bias=False)(x)),
+    "by keyword": lambda x: Norm()(x=nn.Dense(5)(inputs=x)),
+    "same": lambda x: Norm()(nn.Conv(5, (3, 3), strides=2)(x)),
+    "grouped": lambda x: Norm()(nn.Conv(6, (3, 3), feature_group_count=2)(x)),
+    "depthwise": lambda x: Norm()(nn.Conv(8, (3, 3), feature_group_count=4, use_bias=False)(x)),
+    "transposed": lambda x: Norm()(nn.ConvTranspose(5, (3, 3), strides=(2, 2), use_bias=False)(x)),
+    "transposed kernel": lambda x: Norm()(nn.ConvTranspose(5, (3, 3), transpose_kernel=True)(x)),
+    "no parameters": lambda x: Norm(use_scale=False, use_bias=False)(nn.Dense(5)(x)),
+    "residual, activation": lambda x: Norm(activation="silu")(nn.Dense(4, use_bias=False)(x), residual=x),
+    "flax": lambda x: nn.BatchNorm(True)(nn.Dense(5)(x)),
+    "remat": lambda x: nn.remat(Inner)()(x),
+    "jit": lambda x: nn.jit(Inner)()(x),
+    "scan over time": lambda x: nn.scan(
+        Step, variable_broadcast=["params", "batch_stats"], split_rngs={"params": False}
+    )()(x[0, 0], x)[1],
+    "the layer behind": lambda x: nn.Dense(5, use_bias=False)(Norm()(x)),
+    "a grouped one behind": lambda x: nn.Conv(6, (3, 3), feature_group_count=2, padding="VALID")(Norm()(x)),
+    "one by one behind": lambda x: nn.Conv(6, (1, 1), strides=2)(Norm()(x)),
+    "both sides": lambda x: Norm()(nn.Dense(5, use_bias=False)(Norm()(x))),
+    "between two": lambda x: nn.Dense(3)(Norm()(nn.Dense(5)(x))),
+}
+
+
+class Inner(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return Norm()(nn.Dense(4, use_bias=False)(x))
+
+
+class Step(nn.Module):
+    @nn.compact
+    def __call__(self, carry, x):
+        y = nn.relu(Norm()(nn.Dense(4)(x)))
+        return carry + y[0], y
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_linen(name):
+    folded, left = linen_fold(small(LAYERS[name]), image())
+    assert len(folded) == (2 if name == "both sides" else 1) and not left
+
+
+class Custom(nn.Dense):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+class CustomNorm(jbn.linen.BatchNorm):
+    def __call__(self, x):
+        return super().__call__(x) ** 2
+
+
+def used_twice(x):
+    y = nn.Dense(4)(x)
+    return Norm()(y) + y
+
+
+def called_elsewhere(x):
+    dense = nn.Dense(4)
+    return Norm()(dense(x)) + dense(2 * x)
+
+
+def two_sources(x):
+    norm = Norm()
+    return norm(nn.Dense(4)(x)) + norm(nn.Dense(4)(x))
+
+
+def tied(x):
+    dense = nn.Dense(3)
+    return Norm()(dense(x)) @ dense.variables["params"]["kernel"].T
+
+
+def stacked(x):
+    axes, split = {"params": 0, "batch_stats": 0}, {"params": True}
+    return nn.scan(Step, variable_axes=axes, split_rngs=split, length=3)()(x[0, 0], image((3, 6, 6, 4)))[1]
+
+
+REFUSED = {
+    "used elsewhere": (used_twice, "the output of Dense_0 is used elsewhere too"),
+    "a layer called elsewhere": (called_elsewhere, "Dense_0 is also called without it"),
+    "two sources": (two_sources, "it is shared by Dense_0 and Dense_1"),
+    "tied weights": (tied, "the weights of Dense_0 are used elsewhere too"),
+    "stacked": (stacked, "its variables are stacked, by scan or vmap over layers"),
+    "no layer": (lambda x: Norm()(nn.relu(nn.Dense(4)(x))), "its input is not the output of a dense layer"),
+    "an activation before a layer": (
+        lambda x: nn.Dense(3)(Norm(activation="relu")(x)),
+        "its input is not .*, and it has an activation or a residual",
+    ),
+    "zeros around": (lambda x: nn.Conv(3, (3, 3))(Norm()(x)), "Conv_0: with padding='SAME' it sees zeros around"),
+    "zeros of a strided one": (lambda x: nn.Conv(3, (1, 1), padding=1)(Norm()(x)), "with padding=1 it sees zeros"),
+    "transposed behind": (lambda x: nn.ConvTranspose(3, (3, 3))(Norm()(x)), "outputs of a transposed convolution see"),
+    "a masked kernel behind": (
+        lambda x: nn.Conv(3, (1, 1), mask=jnp.ones((1, 1, 4, 3)))(Norm()(x)),
+        "Conv_0: its kernel is masked",
+    ),
+    "another axis": (lambda x: Norm(axis=1)(nn.Dense(4)(x)), "axis=1, not the last"),
+    "several axes": (lambda x: nn.BatchNorm(True, axis=(2, 3))(nn.Dense(4)(x)), r"axis=\(2, 3\), not the last"),
+    "a layer of its own": (lambda x: Norm()(Custom(4)(x)), "its input is not the output of a dense layer"),
+    "a norm of its own": (lambda x: CustomNorm(True)(nn.Dense(4)(x)), "its class CustomNorm has a __call__ of its own"),
+    "another layer": (lambda x: Norm()(nn.DenseGeneral(4)(x)), "its input is not the output of a dense layer"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_linen_leaves(name):
+    function, reason = REFUSED[name]
+    folded, left = linen_fold(small(function), image())
+    assert not folded
+    (why,) = left.values()
+    assert re.search(reason, why), why
+
+
+def test_linen_shared_pairs():
+    """A layer and a batch norm that are always called together fold however often."""
+
+    def siamese(x):
+        dense, norm = nn.Dense(4, use_bias=False), Norm()
+        return norm(dense(x)) - norm(dense(x**2))
+
+    assert linen_fold(small(siamese), image()) == ({"BatchNorm_0": "Dense_0"}, {})
+
+
+def test_linen_half_precision():
+    model = small(lambda x: Norm(dtype=bf16, activation="relu")(nn.Conv(8, (3, 3), dtype=bf16)(x)))
+    assert linen_fold(model, image(dtype=bf16), tolerance=4)[0] == {"BatchNorm_0": "Conv_0"}
+    mixed = small(lambda x: Norm(dtype=f32)(nn.Dense(8, dtype=bf16)(x)))
+    linen_fold(mixed, image(), tolerance=float(jnp.finfo(bf16).eps / jnp.finfo(f32).eps))
+
+
+def test_linen_training_mode():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return jbn.linen.BatchNorm(use_running_average=not train)(nn.Dense(4)(x))
+
+    x = image()
+    variables = Model().init(jax.random.key(0), x, False)
+    got = jbn.linen.fold(Model(), variables, x, True, mutable=["batch_stats"])
+    assert got.folded == {} and "fold what inference runs" in got.left["BatchNorm_0"]
+    got = jbn.linen.fold(Model(), variables, x, train=False)
+    with pytest.raises(ValueError, match="batch norm BatchNorm_0 is folded for inference and was called in training"):
+        got.apply(got.variables, x, train=True)
+
+
+def test_linen_digits():
+    folded, left = linen_fold(models.DigitsCNN(), image((2, 28, 28, 1)), train=False)
+    assert folded == {f"BatchNorm_{i}": f"Conv_{i}" for i in range(4)} and not left
+
+
+def test_linen_resnet50():
+    folded, left = linen_fold(models.ResNet50(num_classes=10), image((1, 32, 32, 3)), tolerance=16, train=False)
+    assert len(folded) == 53 and not left
+    assert folded["Bottleneck_3/norm_shortcut"] == "Bottleneck_3/conv_shortcut"
+
+
+# nnx
+
+
+def nnx_fold(model, x, tolerance=1.0):
+    nnx.update(model, noisy(nnx.state(model, nnx.Not(nnx.RngState))))
+    model.eval()
+    before = jax.tree.map(np.array, nnx.state(model))
+    got = jbn.nnx.fold(model, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    run = nnx.jit(lambda model, x: model(x))
+    assert_close(run(got.model, x), run(model, x), n=1000, factor=4 * tolerance)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model), before)
+    norms = {".".join(map(str, p)) for p, n in nnx.iter_graph(got.model) if isinstance(n, nnx.BatchNorm)}
+    assert norms == got.left.keys()
+    return got.folded, got.left
+
+
+class Net(nnx.Module):
+    """Parts given by name, and how they are called."""
+
+    def __init__(self, call, **parts):
+        self.call = call
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def __call__(self, x):
+        return self.call(self, x)
+
+
+def parts(norm=jbn.nnx.BatchNorm, **options):
+    rngs = nnx.Rngs(0)
+    return dict(
+        dense=nnx.Linear(4, 4, use_bias=False, rngs=rngs),
+        conv=nnx.Conv(4, 4, (3, 3), feature_group_count=2, rngs=rngs),
+        valid=nnx.Conv(4, 6, (3, 3), padding="VALID", use_bias=False, rngs=rngs),
+        up=nnx.ConvTranspose(4, 4, (3, 3), strides=(2, 2), transpose_kernel=True, rngs=rngs),
+        norm=norm(4, epsilon=1e-2, rngs=rngs, **options),
+    )
+
+
+NNX = {
+    "dense": (lambda m, x: m.norm(m.dense(x)), "dense"),
+    "by keyword": (lambda m, x: m.norm(x=m.dense(inputs=x)), "dense"),
+    "grouped": (lambda m, x: m.norm(m.conv(x)), "conv"),
+    "transposed": (lambda m, x: m.norm(m.up(x)), "up"),
+    "residual": (lambda m, x: m.norm(m.dense(x), residual=x), "dense"),
+    "behind": (lambda m, x: m.valid(m.norm(x)), "valid"),
+    "together twice": (lambda m, x: m.norm(m.dense(x)) + m.norm(m.dense(2 * x)), "dense"),
+    "remat": (lambda m, x: nnx.remat(lambda m, x: m.norm(m.dense(x)))(m, x), "dense"),
+    "jit": (lambda m, x: nnx.jit(lambda m, x: m.norm(m.dense(x)))(m, x), "dense"),
+    "zeros around": (lambda m, x: m.conv(m.norm(x)), "conv: with padding='SAME' it sees zeros"),
+    "used elsewhere": (lambda m, x: (lambda y: m.norm(y) + y)(m.dense(x)), "output of dense is used elsewhere"),
+    "weights elsewhere": (lambda m, x: m.norm(m.dense(x)) @ m.dense.kernel[...].T, "weights of dense are used else"),
+    "called elsewhere": (lambda m, x: m.norm(m.dense(x)) + m.dense(2 * x), "dense is also called without it"),
+    "no layer": (lambda m, x: m.norm(nnx.relu(m.dense(x))), "its input is not the output"),
+}
+
+
+@pytest.mark.parametrize("name", NNX)
+def test_nnx(name):
+    call, layer = NNX[name]
+    folded, left = nnx_fold(Net(call, **parts()), image())
+    assert folded == {"norm": layer} if not left else layer in left["norm"]
+
+
+def test_nnx_activation_and_flax():
+    call = NNX["residual"][0]
+    assert nnx_fold(Net(call, **parts(activation="hard_swish")), image())[0] == {"norm": "dense"}
+    assert nnx_fold(Net(NNX["grouped"][0], **parts(nnx.BatchNorm)), image())[0] == {"norm": "conv"}
+
+
+def test_nnx_tied_kernels_and_shared_modules():
+    """A kernel in two layers stays; a module that two names lead to is one."""
+    given = parts()
+    given["other"] = nnx.Linear(4, 4, use_bias=False, rngs=nnx.Rngs(1))
+    given["other"].kernel = given["dense"].kernel
+    for call in (lambda m, x: m.norm(m.other(x)) + m.dense(x), lambda m, x: m.norm(m.dense(x)) + m.other(x)):
+        folded, left = nnx_fold(Net(call, **given), image())
+        assert not folded and "are used elsewhere too" in left["norm"]
+    given = parts()
+    given["again"] = given["norm"]
+    assert nnx_fold(Net(lambda m, x: m.again(m.dense(x)), **given), image())[0] == {"again": "dense"}
+
+
+def test_nnx_training_mode():
+    model = Net(NNX["dense"][0], **parts())
+    model.train()
+    assert "fold what inference runs" in jbn.nnx.fold(model, image()).left["norm"]
+    model.eval()
+    got = jbn.nnx.fold(model, image())
+    with pytest.raises(ValueError, match="folded for inference and was called with use_running_average=False"):
+        got.model.norm(image(), use_running_average=False)
+
+
+def test_nnx_stacked_layers():
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def create(rngs):
+        return Net(NNX["dense"][0], dense=nnx.Linear(4, 4, rngs=rngs), norm=jbn.nnx.BatchNorm(4, rngs=rngs))
+
+    @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+    def forward(layer, x):
+        return nnx.relu(layer(x))
+
+    folded, left = nnx_fold(Net(lambda m, x: forward(m.stack, x), stack=create(nnx.Rngs(0))), image())
+    assert not folded and left == {"stack.norm": "its variables are stacked, by scan or vmap over layers"}
+
+
+def test_nnx_resnet50():
+    model = models.NnxResNet50(10, rngs=nnx.Rngs(0))
+    folded, left = nnx_fold(model, image((1, 32, 32, 3)), tolerance=16)
+    assert len(folded) == 53 and not left
+    assert folded["blocks.3.norm_shortcut"] == "blocks.3.conv_shortcut"
