@@ -11,14 +11,17 @@ The running variance is a value like any other, and is converted as it is: n is 
 how it moves on, which `unbiased` says to `bn_train`.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from jbn._check import check_between
 from jbn.functional import BNParams, BNState
+
+Kind = Literal["linen", "nnx"]
+Names = Mapping[str, Sequence[str | int]]  # of a PyTorch layer: its path in the Flax model
 
 
 class Layer(NamedTuple):
@@ -113,22 +116,29 @@ def to_keras(layer: Layer) -> tuple[list[np.ndarray], dict[str, Any]]:
     return arrays, config | {"center": bias is not None, "scale": scale is not None}
 
 
-def model_from_torch(state_dict: Mapping[str, Any], names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """The variables of a linen model, `{"params": …, "batch_stats": …}`, from a PyTorch model's state_dict.
+def model_from_torch(state_dict: Mapping[str, Any], names: Names, kind: Kind = "linen") -> dict[Any, Any]:
+    """The variables of a Flax model from a PyTorch model's state_dict.
 
     Args:
       state_dict: names to tensors or NumPy arrays. Batch norms are known by their running statistics, dense layers by
         a weight `(outputs, inputs)`, convolutions, which may be grouped, by one of higher rank `(outputs, inputs /
         groups, *window)`; Flax has `(inputs, outputs)` and `(*window, inputs / groups, outputs)`. Not for transposed
         convolutions, whose weights look alike.
-      names: for each PyTorch layer its path in the linen model, as `resnet50_names` gives them.
+      names: for each PyTorch layer its path in the Flax model, as `resnet50_names` gives them.
+      kind: `"linen"` or `"nnx"`.
+
+    Returns:
+      For linen `{"params": …, "batch_stats": …}`; for nnx the nested dict that `nnx.replace_by_pure_dict` takes:
+
+          state = nnx.state(model)
+          nnx.replace_by_pure_dict(state, model_from_torch(state_dict, resnet50_names("nnx"), "nnx"))
+          nnx.update(model, state)
 
     Raises:
       KeyError: `names` has a layer that `state_dict` lacks.
       ValueError: `state_dict` has weights that belong to no layer of `names`, or weights of unknown shape.
     """
-    params: dict[str, Any] = {}
-    stats: dict[str, Any] = {}
+    params, stats = _trees(_check_kind(kind))
     used = set()
     for prefix, path in names.items():
         own = {k.removeprefix(_inside(prefix)): k for k in state_dict if k.startswith(_inside(prefix))}
@@ -149,22 +159,85 @@ def model_from_torch(state_dict: Mapping[str, Any], names: Mapping[str, Sequence
         _put(params, path, dense)
     if left := sorted(set(state_dict) - used):
         raise ValueError(f"state_dict has {len(left)} entries that no name leads to: {', '.join(left[:5])}: add them")
-    return {"params": params, "batch_stats": stats}
+    return params if kind == "nnx" else {"params": params, "batch_stats": stats}
 
 
-def resnet50_names() -> dict[str, tuple[str, ...]]:
-    """For every layer of torchvision's ResNet-50 its path in the linen `ResNet50` of `experiments/models.py`."""
-    names: dict[str, tuple[str, ...]] = {"conv1": ("Conv_0",), "bn1": ("BatchNorm_0",), "fc": ("Dense_0",)}
+def model_to_torch(variables: Mapping[Any, Any], names: Names, kind: Kind = "linen") -> dict[str, np.ndarray]:
+    """The reverse of `model_from_torch`: a state_dict of NumPy arrays, batch norms with `num_batches_tracked` 0.
+
+    Args:
+      variables: of linen, `{"params": …, "batch_stats": …}`; of nnx, `nnx.to_pure_dict(nnx.state(model))`.
+      names: as for `model_from_torch`.
+      kind: `"linen"` or `"nnx"`.
+
+    Raises:
+      KeyError: `names` has a layer that `variables` lacks.
+      ValueError: `variables` has entries that no name leads to.
+    """
+    trees = [variables] if _check_kind(kind) == "nnx" else [variables["params"], variables.get("batch_stats", {})]
+    left = {path: value for tree in trees for path, value in _leaves(tree)}
+    tensors: dict[str, np.ndarray] = {}
+    for prefix, path in names.items():
+        inner = [p for p in left if p[:-1] == tuple(path)]
+        own = {p[-1]: left.pop(p) for p in inner}
+        if "mean" in own:
+            layer = Layer(
+                BNParams(own.get("scale"), own.get("bias")), BNState(own["mean"], own["var"]), 0.9, 1e-5, True
+            )
+            tensors |= to_torch(layer, prefix)[0]
+            continue
+        if "kernel" not in own:
+            raise KeyError(f"variables has no kernel and no mean at {'/'.join(map(str, path))}, expected by names")
+        kernel = np.asarray(own["kernel"])
+        tensors[_inside(prefix) + "weight"] = kernel.transpose(
+            kernel.ndim - 1, kernel.ndim - 2, *range(kernel.ndim - 2)
+        )
+        if "bias" in own:
+            tensors[_inside(prefix) + "bias"] = np.asarray(own["bias"])
+    if left:
+        shown = ", ".join("/".join(map(str, path)) for path in sorted(left, key=str)[:5])
+        raise ValueError(f"variables has {len(left)} entries that no name leads to: {shown}: add them")
+    return tensors
+
+
+def resnet50_names(kind: Kind = "linen") -> dict[str, tuple[str | int, ...]]:
+    """For every layer of torchvision's ResNet-50 its path in `ResNet50` or `NnxResNet50` of `experiments/models.py`."""
+    linen = _check_kind(kind) == "linen"
+    names: dict[str, tuple[str | int, ...]] = (
+        {"conv1": ("Conv_0",), "bn1": ("BatchNorm_0",), "fc": ("Dense_0",)}
+        if linen
+        else {"conv1": ("conv",), "bn1": ("norm",), "fc": ("dense",)}
+    )
     blocks = [(stage, block) for stage, count in enumerate((3, 4, 6, 3), 1) for block in range(count)]
     for number, (stage, block) in enumerate(blocks):
-        theirs, ours = f"layer{stage}.{block}", f"Bottleneck_{number}"
+        theirs, ours = f"layer{stage}.{block}", (f"Bottleneck_{number}",) if linen else ("blocks", number)
         for i in range(3):
-            names[f"{theirs}.conv{i + 1}"] = (ours, f"Conv_{i}")
-            names[f"{theirs}.bn{i + 1}"] = (ours, f"BatchNorm_{i}")
+            names[f"{theirs}.conv{i + 1}"] = (*ours, f"Conv_{i}" if linen else f"conv{i + 1}")
+            names[f"{theirs}.bn{i + 1}"] = (*ours, f"BatchNorm_{i}" if linen else f"norm{i + 1}")
         if block == 0:
-            names[f"{theirs}.downsample.0"] = (ours, "conv_shortcut")
-            names[f"{theirs}.downsample.1"] = (ours, "norm_shortcut")
+            names[f"{theirs}.downsample.0"] = (*ours, "conv_shortcut")
+            names[f"{theirs}.downsample.1"] = (*ours, "norm_shortcut")
     return names
+
+
+def _check_kind(kind: str) -> str:
+    if kind not in ("linen", "nnx"):
+        raise ValueError(f"kind is {kind!r}, expected 'linen' or 'nnx': give the Flax API that the model is written in")
+    return kind
+
+
+def _trees(kind: str) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    """Where params and statistics go: nnx has them in one tree."""
+    params: dict[Any, Any] = {}
+    return params, params if kind == "nnx" else {}
+
+
+def _leaves(tree: Mapping[Any, Any], path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, (*path, name))
+        else:
+            yield (*path, name), value
 
 
 def _inside(prefix: str) -> str:
@@ -184,8 +257,8 @@ def _array(value: Any):
     return jnp.asarray(np.asarray(value))
 
 
-def _put(tree: dict[str, Any], path: Sequence[str], value: dict[str, Any]) -> None:
-    for name in path[:-1]:
-        tree = tree.setdefault(name, {})
+def _put(tree: dict[Any, Any], path: Sequence[str | int], value: dict[str, Any]) -> None:
     if value:
-        tree[path[-1]] = value
+        for name in path:
+            tree = tree.setdefault(name, {})
+        tree.update(value)

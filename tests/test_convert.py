@@ -6,10 +6,11 @@ import jax
 import numpy as np
 import oracle
 import pytest
+from flax import nnx
 from oracle import assert_close
 
 import jbn
-from experiments.models import ResNet50
+from experiments.models import NnxResNet50, ResNet50
 from jbn import convert
 
 C = 4
@@ -181,6 +182,30 @@ def test_resnet50():
     equal(tensors["layer3.0.downsample.1.running_var"], stats["Bottleneck_7"]["norm_shortcut"]["var"])
 
 
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_resnet50_round_trip(kind):
+    """What goes to Flax comes back, every name and value; what came is what the model has."""
+    tensors = resnet50_state_dict()
+    names = convert.resnet50_names(kind)
+    got = convert.model_from_torch(tensors, names, kind)
+    back = convert.model_to_torch(got, names, kind)
+    assert back.keys() == tensors.keys()
+    for name, value in back.items():
+        if not name.endswith("num_batches_tracked"):
+            np.testing.assert_array_equal(value, tensors[name])
+    if kind == "nnx":
+        model = nnx.eval_shape(lambda: NnxResNet50(rngs=nnx.Rngs(0)))
+        shapes = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype.name), tree)  # noqa: E731
+        assert shapes(got) == shapes(nnx.to_pure_dict(nnx.state(model)))
+        state = nnx.state(model)
+        nnx.replace_by_pure_dict(state, got)
+        nnx.update(model, state)
+        np.testing.assert_array_equal(
+            model.blocks[7].norm_shortcut.var[...], tensors["layer3.0.downsample.1.running_var"]
+        )
+        np.testing.assert_array_equal(model.dense.kernel[...], tensors["fc.weight"].T)
+
+
 def test_a_converted_convolution_computes_the_same():
     """Against a sum written out in PyTorch's layouts, NCHW and OIHW."""
     rng = np.random.default_rng(0)
@@ -215,6 +240,19 @@ def test_a_converted_convolution_computes_the_same():
             lambda: convert.model_from_torch({"a.weight": np.ones(2)}, {"a": ("A",)}),
             ValueError,
             r"a\.weight has shape \(2,\)",
+        ),
+        (lambda: convert.resnet50_names("keras"), ValueError, "kind is 'keras', expected 'linen' or 'nnx'"),
+        (
+            lambda: convert.model_to_torch({}, {"a": ("A", 0)}, "nnx"),
+            KeyError,
+            "no kernel and no mean at A/0, expected",
+        ),
+        (
+            lambda: convert.model_to_torch(
+                {"params": {"A": {"kernel": np.ones((2, 2))}, "B": {"bias": 0}}}, {"a": ("A",)}
+            ),
+            ValueError,
+            "1 entries that no name leads to: B/bias",
         ),
     ],
 )
