@@ -45,12 +45,15 @@ def run(options: Options, results: Results) -> None:
     variables = trained(model, rng)
     folded = jbn.linen.fold(model, variables, jax.ShapeDtypeStruct(cases[0].shape, jnp.float32), train=False)
     results.summary = {"folded": len(folded.folded), "left": len(folded.left)}
-    candidates = {BASELINE: (model.apply, variables), FOLDED: (folded.apply, folded.variables)}
+    candidates: dict[str, tuple[Callable[..., Any], Any]] = {
+        BASELINE: (model.apply, variables),
+        FOLDED: (folded.apply, folded.variables),
+    }
     with progress(len(cases)) as part:
         for each in cases:
             part(each.name)
             images = jax.device_put(rng.standard_normal(each.shape, np.float32))
-            steps = {name: step(*candidate, images) for name, candidate in candidates.items()}
+            steps = {name: step(apply, weights, images) for name, (apply, weights) in candidates.items()}
             check(each, steps)
             times = take_turns(steps, turns, rng)
             results.rows += [row(each, name, times) for name in steps]

@@ -137,7 +137,7 @@ class _Found:
                 made[eqn.outvars[0]] = int(mark[1])
             elif mark:
                 self.ran.add(int(mark[1]))
-                taken.append((eqn.invars[0], int(mark[1])))
+                taken += [(value, int(mark[1])) for value in eqn.invars if isinstance(value, Var)]
             for inner in jaxprs_in_params(eqn.params):
                 self.read(inner)
         self.sole |= {number for value, number in made.items() if uses[value] == 1}
