@@ -9,7 +9,12 @@ from typing import Any
 from experiments.record import CHECKOUT, environment, plain, replacing
 
 # what an experiment's numbers depend on besides its own file and the packages' versions
-SOURCES = ("jbn/*.py", "jbn/kernels/*.py", "experiments/data/*.py", "experiments/models.py", "experiments/train.py")
+SOURCES = (
+    "jbn/*.py",
+    "jbn/kernels/*.py",
+    "experiments/data/*.py",
+    *(f"experiments/{name}.py" for name in ("models", "study", "train")),
+)
 
 
 class Cache:

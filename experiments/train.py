@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 from jax import Array
@@ -112,6 +113,21 @@ def data_order(key: Array, examples: int, schedule: Schedule) -> Array:
 def seeds(configuration: dict[str, Any]) -> Array:
     """A random key for each of the configuration's `seeds`, from its `seed`: the same for every method compared."""
     return jax.random.split(jax.random.key(configuration["seed"]), configuration["seeds"])
+
+
+def at_best(run: Callable[..., Any], configuration: dict[str, Any], settings: Any, *data: Any) -> dict[str, Any]:
+    """What `run(key, setting, *data)`, a dict, has on the measured seeds at the setting that other seeds choose.
+
+    `run` is jitted and batched. Every one of `settings` (learning rates, or rows of several numbers) is tried on the
+    first `choosing_seeds`; the other seeds are measured at that of the lowest mean "error". The result has the
+    measured seeds first, and the "setting".
+    """
+    keys, tried, choosing = seeds(configuration), np.array(settings, np.float32), configuration["choosing_seeds"]
+    every = jax.jit(jax.vmap(run, (0, 0, *(None for _ in data))))
+    errors = wait(every(jnp.repeat(keys[:choosing], len(tried)), np.concatenate([tried] * choosing), *data))["error"]
+    best = tried[np.reshape(errors, (choosing, -1)).mean(0).argmin()]
+    measured = keys[choosing:]
+    return {"setting": best, **wait(every(measured, np.stack([best] * len(measured)), *data))}
 
 
 def wait(tree: Any) -> Any:
