@@ -81,7 +81,7 @@ def network(configuration: dict[str, Any], **options: Any) -> MLP:
 
 
 def measure(configuration: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
-    """Test accuracy: running averages (momenta, seeds, rates, evaluations), population (seeds, rates, evaluations)."""
+    """Test accuracy (seeds, rates, evaluations) with population statistics and running averages of each momentum."""
     schedule = Schedule(**configuration["schedule"])
     pooling = network(configuration, momentum=0.0, virtual_batch_size=schedule.batch_size)
 
@@ -99,7 +99,8 @@ def measure(configuration: dict[str, Any], part: dict[str, Any]) -> dict[str, An
     every = jax.vmap(jax.vmap(every, (None, 0, None, None)), (0, None, None, None))
     rates, momenta = (np.array(configuration[name], np.float32) for name in ("learning_rates", "momenta"))
     found = wait(jax.jit(every)(momenta, seeds(configuration), rates, load_digits()))
-    return {**found, "population": found["population"][0]}  # the same for every momentum
+    running = dict(zip(map(str, configuration["momenta"]), found["running"], strict=True))
+    return {"population": found["population"][0], **running}  # the first: the same for every momentum
 
 
 def best(row: dict[str, Any], configuration: dict[str, Any]) -> int:
@@ -111,11 +112,9 @@ def best(row: dict[str, Any], configuration: dict[str, Any]) -> int:
 def curves(row: dict[str, Any], configuration: dict[str, Any]) -> dict[str, np.ndarray]:
     """Statistics → test accuracy in per cent, (measured seeds, evaluations), at the chosen rate."""
     index = best(row, configuration)
-    averages = dict(zip(map(str, configuration["momenta"]), row["running"], strict=True))
-    found = {"population": row["population"], **averages}
     return {
-        statistics: 100 * np.array(accuracies)[configuration["choosing_seeds"] :, index]
-        for statistics, accuracies in found.items()
+        statistics: 100 * np.array(row[statistics])[configuration["choosing_seeds"] :, index]
+        for statistics in STATISTICS
     }
 
 
