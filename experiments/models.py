@@ -93,26 +93,36 @@ def bottlenecks() -> list[tuple[int, int]]:
     return [(features, stride if block == 0 else 1) for features, blocks, stride in STAGES for block in range(blocks)]
 
 
+def norm_relu(norm: Callable[..., Any], fused: bool, x: Array) -> Array:
+    """relu(norm(x)), the relu as the norm's own where `fused`."""
+    return norm(activation="relu")(x) if fused else nn.relu(norm()(x))
+
+
 class Bottleneck(nn.Module):
-    """1×1, 3×3 (which strides: "v1.5"), 1×1, around a shortcut that is projected where shapes change."""
+    """1×1, 3×3 (which strides: "v1.5"), 1×1, around a shortcut that is projected where shapes change.
+
+    With `fused`, the norms, which must be ours, take activation and residual as arguments.
+    """
 
     features: int
     stride: int
     norm: Callable[..., Any]
     dtype: Any = None
+    fused: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype, kernel_init=KERNEL_INIT)
         strides = (self.stride, self.stride)
-        y = nn.relu(self.norm()(conv(self.features, (1, 1))(x)))
-        y = nn.relu(self.norm()(conv(self.features, (3, 3), strides, padding=1)(y)))
+        y = norm_relu(self.norm, self.fused, conv(self.features, (1, 1))(x))
+        y = norm_relu(self.norm, self.fused, conv(self.features, (3, 3), strides, padding=1)(y))
+        y = conv(EXPANSION * self.features, (1, 1))(y)
         # a block begins as the identity: Goyal et al. 2017, section 5.1
-        y = self.norm(scale_init=nn.initializers.zeros)(conv(EXPANSION * self.features, (1, 1))(y))
+        last = functools.partial(self.norm, scale_init=nn.initializers.zeros)
         if x.shape != y.shape:
             x = conv(EXPANSION * self.features, (1, 1), strides, name="conv_shortcut")(x)
             x = self.norm(name="norm_shortcut")(x)
-        return nn.relu(x + y)
+        return last(activation="relu")(y, residual=x) if self.fused else nn.relu(x + last()(y))
 
 
 class ResNet50(nn.Module):
@@ -125,6 +135,7 @@ class ResNet50(nn.Module):
     num_classes: int = 1000
     norm: Callable[..., Any] = BatchNorm
     dtype: Any = None
+    fused: bool = False  # activation and residual inside the norms, which must be ours
 
     @nn.compact
     def __call__(self, x: Array, train: bool = True) -> Array:
@@ -132,10 +143,10 @@ class ResNet50(nn.Module):
             self.norm, use_running_average=not train, momentum=MOMENTUM, epsilon=EPSILON, dtype=self.dtype
         )
         x = nn.Conv(64, (7, 7), (2, 2), padding=3, use_bias=False, dtype=self.dtype, kernel_init=KERNEL_INIT)(x)
-        x = nn.relu(norm()(x))
+        x = norm_relu(norm, self.fused, x)
         x = nn.max_pool(x, **POOL)
         for features, stride in bottlenecks():
-            x = Bottleneck(features, stride, norm, self.dtype)(x)
+            x = Bottleneck(features, stride, norm, self.dtype, self.fused)(x)
         return nn.Dense(self.num_classes, dtype=self.dtype)(x.mean((1, 2)))
 
 

@@ -63,6 +63,18 @@ class Results:
 
     def save(self, out: Path, figure: Callable[["Results"], Any]) -> list[Path]:
         """Writes `<out>/<name>.json`, `.csv`, `.png` and `.svg`, each whole or not at all; returns the paths."""
+        paths = self.write(out)
+        drawn = figure(self)
+        for suffix in (".png", ".svg"):
+            paths.append(out / f"{self.name}{suffix}")
+            with replacing(paths[-1]) as temporary:
+                # no date inside, so that the same results give the same bytes
+                metadata = {"Date": None} if suffix == ".svg" else {}
+                drawn.savefig(temporary, format=suffix[1:], metadata=metadata)
+        return paths
+
+    def write(self, out: Path) -> list[Path]:
+        """`save` without the figure."""
         record = {
             "experiment": self.name,
             "complete": self.complete,
@@ -73,7 +85,7 @@ class Results:
             "rows": self.rows,
         }
         out.mkdir(parents=True, exist_ok=True)
-        paths = [out / f"{self.name}{suffix}" for suffix in (".json", ".csv", ".png", ".svg")]
+        paths = [out / f"{self.name}{suffix}" for suffix in (".json", ".csv")]
         with replacing(paths[0]) as temporary:
             text = json.dumps(plain(record), indent=1, ensure_ascii=False, allow_nan=False)
             temporary.write_text(text + "\n", encoding="utf-8")
@@ -82,12 +94,6 @@ class Results:
             writer = csv.DictWriter(file, columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(self.rows)
-        drawn = figure(self)
-        for path in paths[2:]:
-            with replacing(path) as temporary:
-                # no date inside, so that the same results give the same bytes
-                metadata = {"Date": None} if path.suffix == ".svg" else {}
-                drawn.savefig(temporary, format=path.suffix[1:], metadata=metadata)
         return paths
 
 

@@ -5,6 +5,9 @@ cotangent of y, in float32, under `jax.jit`. Candidates take turns (A B C, B A C
 machine does meets all of them; ratios are taken within a turn, medians and quartiles over turns. PyTorch takes
 part where it can be imported. glibc is told to keep freed memory: else page faults of the arrays returned are
 half the time, whoever computes them.
+
+On a GPU host it is `experiments.gpu` instead: every shape of `experiments.cases`, three passes, two dtypes, fusions,
+a training step of ResNet-50, within `--minutes`.
 """
 
 import importlib.metadata
@@ -22,6 +25,7 @@ import numpy as np
 import jbn
 import jbn.linen
 from experiments.cases import CPU, Case
+from experiments.gpu import measure, report
 from experiments.plots import BLUE, GREEN, GREY, ORANGE, pyplot
 from experiments.record import Options, Results, cores, progress
 
@@ -29,6 +33,7 @@ ENVIRONMENT = {
     "MALLOC_TOP_PAD_": str(2**30),  # one gibibyte each: freed memory stays in the heap
     "MALLOC_TRIM_THRESHOLD_": str(2**30),
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # candidates on a GPU share its memory
     "OMP_WAIT_POLICY": "PASSIVE",  # else PyTorch's idle threads spin through the next candidate's turn
 }
 BASELINE = "flax.linen"
@@ -119,8 +124,15 @@ CANDIDATES: dict[str, Callable[[Case, Inputs], Step]] = {
 COLORS = {"jbn.bn_train": BLUE, "jbn.linen": GREEN, "torch": ORANGE}
 
 
+def arguments(group: Any) -> None:
+    """This experiment's own options."""
+    group.add_argument("--minutes", type=float, help="on a GPU: stop in time for this budget (default: no limit)")
+
+
 def run(options: Options, results: Results) -> None:
     """Times every candidate on every case; a row for each pair."""
+    if jax.default_backend() == "gpu":
+        return measure.run(options, results)
     turns = QUICK_TURNS if options.quick else TURNS
     candidates = dict(CANDIDATES)
     absent = [name for name in ("torch",) if importlib.util.find_spec(name) is None]
@@ -206,6 +218,8 @@ def overall(rows: list[dict[str, Any]], name: str) -> float:
 
 def table(results: Results) -> Any:
     """Per case and candidate: median time, and speed over the baseline's with its quartiles."""
+    if results.configuration.get("kind") == "gpu":
+        return report.table(results)
     from rich.table import Table
 
     candidates = results.configuration["candidates"]
@@ -237,6 +251,8 @@ def cell(row: dict[str, Any]) -> str:
 
 def figure(results: Results) -> Any:
     """Speed over the baseline's: a line for each case, a dot and its quartiles for each candidate."""
+    if results.configuration.get("kind") == "gpu":
+        return report.figure(results)
     plt = pyplot()
     cases = list(dict.fromkeys(row["case"] for row in results.rows))
     shown = [name for name in results.configuration["candidates"] if name != BASELINE]

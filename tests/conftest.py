@@ -13,6 +13,15 @@ import pytest
 plugin.install()
 
 
+def pytest_collection_modifyitems(items):
+    """On a GPU the kernels' tests run there; elsewhere what is marked so is skipped."""
+    for item in items:
+        if os.environ.get("JBN_TEST_GPU") and item.path.stem == "test_kernels":
+            item.add_marker(pytest.mark.gpu)
+        elif item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, and JBN_TEST_GPU=1"))
+
+
 @pytest.fixture(scope="module")
 def strict():
     """Dtypes and ranks that jax would promote in silence raise; for files that test our own code."""

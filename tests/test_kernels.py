@@ -1,10 +1,14 @@
-"""The Triton kernels in Triton's interpreter, every option against NumPy float64."""
+"""The Triton kernels, every option against NumPy float64: in Triton's interpreter, or with JBN_TEST_GPU=1 on a GPU."""
+
+import os
+from functools import partial
 
 import numpy as np
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+import device
 import ml_dtypes
 import oracle
 from interpreter import run
@@ -17,6 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # masked NaN 
 
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 EPSILON = 1e-3
+ON_GPU = bool(os.environ.get("JBN_TEST_GPU"))
 
 
 def execute(launch, *arrays):
@@ -28,7 +33,10 @@ def execute(launch, *arrays):
         outputs.append(np.full(output.shape, poison, dtype))
     anything = np.full(1, np.nan, np.float32)
     arrays = [anything if a is None else np.ascontiguousarray(a) for a in arrays]
-    run(launch.kernel, launch.programs, *arrays, *launch.numbers, *outputs, **launch.constants)
+    if ON_GPU:
+        device.run(launch, arrays, outputs)
+    else:
+        run(launch.kernel, launch.programs, *arrays, *launch.numbers, *outputs, **launch.constants)
     return outputs
 
 
@@ -365,6 +373,7 @@ PIECES = {  # shape, channel, leading batch axes, shape of the mask
 @pytest.mark.parametrize("name", PIECES)
 def test_pieces(name):
     """`jbn._triton` against `jbn._xla`: how arrays of any rank lie in memory, and masks of any shape."""
+    import jax
     import jax.numpy as jnp
 
     from jbn import _triton, _xla
@@ -375,8 +384,10 @@ def test_pieces(name):
         def __call__(self, launch, *arrays):
             return [jnp.asarray(v) for v in execute(launch, *map(np.asarray, arrays))]
 
-    def kernel(name, *operands):
-        return getattr(_triton, name)(*operands, runner=Interpreter("cuda"))
+    def kernel(name, plan, *operands):
+        if ON_GPU:
+            return jax.jit(partial(_triton.piece(name, "cuda"), plan))(*operands)
+        return getattr(_triton, name)(plan, *operands, runner=Interpreter("cuda"))
 
     shape, channel, batch, mask_shape = PIECES[name]
     rng = np.random.default_rng(0)
