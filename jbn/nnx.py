@@ -179,5 +179,6 @@ class BatchNorm(nnx.BatchNorm):
         """
         super().set_view(use_running_average)
         if self.renorm:  # a view of a whole model passes plain layers by
-            self.r_max = self.r_max if r_max is None else r_max
-            self.d_max = self.d_max if d_max is None else d_max
+            for name, bound in {"r_max": r_max, "d_max": d_max}.items():
+                if bound is not None:  # a number is static, an array data
+                    setattr(self, name, nnx.data(bound) if hasattr(bound, "dtype") else bound)

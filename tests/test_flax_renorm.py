@@ -135,6 +135,8 @@ def test_an_nnx_view_gives_the_bounds_of_a_step_to_every_layer():
     def run(model, r_max, d_max):
         return nnx.view(model, r_max=r_max, d_max=d_max)(x)
 
+    for bounds in (BOUNDS, {name: jnp.float32(bound) for name, bound in BOUNDS.items()}):
+        assert_same(nnx.view(nnx.clone(model), **bounds)(x), run(nnx.clone(model), **bounds), n=8)  # not traced, too
     y = run(model, jnp.float32(1.5), jnp.float32(0.4))
     want = Net(nnx.Rngs(0))
     first, state = jbn.brn_train(*jbn.bn_init(3), x, **BOUNDS)

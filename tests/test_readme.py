@@ -23,6 +23,14 @@ def test_there_are_examples_of_each_interface():
         assert any(text in source for source in EXAMPLES)
 
 
+def test_every_function_of_the_family_is_in_an_example():
+    (table,) = re.findall(r"### The rest of the family\n.*?\n\|---\|---\|\n(.*?)\n\n", README, re.DOTALL)
+    names = [name for row in table.splitlines() for name in re.findall(r"`([\w.]+)`", row.split("|")[1])]
+    assert len(names) > 20
+    for name in names:
+        assert any(re.search(rf"\b{re.escape(name)}[(=,]", source) for source in EXAMPLES), name
+
+
 @pytest.mark.parametrize("name", ["run", "test"])
 def test_commands_are_marked(name):
     (block,) = re.findall(rf"<!-- command: {name} -->\n```sh\n(.*?)\n```", README, re.DOTALL)
@@ -41,3 +49,13 @@ def test_digits_are_what_was_measured():
     for row in results["rows"]:
         accuracy = f"{100 * row['accuracy_mean']:.1f} ± {100 * row['accuracy_deviation']:.1f}"
         assert re.search(rf"\| {row['learning_rate']:g} \| {row['network']} \| .* \| {accuracy} \|", README)
+
+
+def test_folding_is_what_was_measured():
+    results = json.loads((ROOT / "experiments/results/cpu/folding.json").read_text(encoding="utf-8"))
+    assert results["complete"] and results["summary"] == {"folded": 53, "left": 0}
+    assert f"of {results['configuration']['turns']} turns" in README
+    for before, after in zip(results["rows"][::2], results["rows"][1::2], strict=True):
+        quartiles = f"{after['speedup_lower_quartile']:.2f}–{after['speedup_upper_quartile']:.2f}"
+        times = f"{before['milliseconds']:.1f} | {after['milliseconds']:.1f}"
+        assert f"| {before['case']} | {times} | {after['speedup']:.2f}× ({quartiles}) |" in README
