@@ -2,14 +2,14 @@
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import core, lax
 
 from jbn._activations import ACTIVATIONS
-from jbn._collectives import Groups
+from jbn._collectives import Sync
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 IMPLEMENTATIONS = (None, "xla", "triton")
@@ -154,30 +154,42 @@ def check_between(name: str, value, low: float, high: float):
     return value
 
 
-def check_names(axis_name, groups) -> tuple[tuple[str, ...], Groups]:
-    """The bound axis names, and their groups as tuples."""
+def check_names(axis_name, groups) -> Sync:
+    """Who shares the statistics: the bound axis names, and their groups as tuples."""
     names = () if axis_name is None else tuple(axis_name) if _several(axis_name) else (axis_name,)
     for name in names:
+        if _several(name) or not isinstance(name, Hashable):
+            raise TypeError(
+                f"axis_name is {axis_name!r}, expected None, a name or a sequence of names: give e.g. 'data'"
+            )
         if not _bound(name):
             raise ValueError(
                 f"axis_name has {name!r}, which is not bound here: call inside shard_map, pmap or "
                 f"vmap(axis_name={name!r}), or leave axis_name out (under jit with sharded arrays statistics are "
                 "global without it)"
             )
+    if len(set(names)) != len(names):
+        raise ValueError(f"axis_name is {axis_name!r}, expected each name once: leave out the repeated one")
     if groups is None:
-        return names, None
+        return Sync.over(names)
     if len(names) != 1:
         raise ValueError(
             f"axis_index_groups came with axis_name={axis_name!r}, expected exactly one name: groups index one axis"
         )
-    groups = tuple(tuple(operator.index(i) for i in group) for group in groups)
+    try:
+        found = tuple(tuple(operator.index(i) for i in group) for group in groups)
+    except TypeError:
+        raise TypeError(
+            f"axis_index_groups is {groups!r}, expected lists of integers: give the indices of each group, e.g. "
+            "[[0, 1], [2, 3]]"
+        ) from None
     size = lax.axis_size(names[0])
-    if sorted(i for group in groups for i in group) != list(range(size)) or len({len(g) for g in groups}) != 1:
+    if sorted(i for group in found for i in group) != list(range(size)) or len({len(g) for g in found}) != 1:
         raise ValueError(
-            f"axis_index_groups is {[list(g) for g in groups]}, expected groups of one size that hold each index of "
+            f"axis_index_groups is {[list(g) for g in found]}, expected groups of one size that hold each index of "
             f"axis {names[0]!r}, 0 to {size - 1}, once"
         )
-    return names, groups
+    return Sync.over(names, found)
 
 
 def splittable() -> bool:

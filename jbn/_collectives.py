@@ -1,7 +1,8 @@
 """Sums and gathers over the axes that share one batch: mapped axes by name, or vmapped ones by position."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,12 @@ class Sync(NamedTuple):
     names: tuple[str | tuple[str, ...], ...] = ()  # what lies in an inner tuple is one axis to a collective
     groups: Groups = None  # index groups within the one name
     dims: tuple[tuple[int, Groups], ...] = ()  # position of a leading axis, and its groups
+    members: int = 1  # how many share in all
 
-    def size(self) -> int:
-        """How many members share, before a vmap has turned a name into a position."""
-        return len(self.groups[0]) if self.groups else math.prod(lax.axis_size(name) for name in self.names)
+    @classmethod
+    def over(cls, names: tuple, groups: Groups = None) -> "Sync":
+        """Sharing over axes that are bound here. Their sizes are taken now: a derivative may be traced elsewhere."""
+        return cls(names, groups, (), len(groups[0]) if groups else math.prod(map(lax.axis_size, names)))
 
     def batched(self, name) -> "Sync":
         """The same sharing once a vmap has put one more axis in front, which may bind one of the names."""
@@ -27,12 +30,13 @@ class Sync(NamedTuple):
         if name not in self.names:
             return self._replace(dims=dims)
         names = tuple(n for n in self.names if n != name)
-        return Sync(names, None, (*dims, (0, self.groups)))
+        return Sync(names, None, (*dims, (0, self.groups)), self.members)
 
 
 def gather(value: jax.Array, sync: Sync) -> jax.Array:
     """The values of all members, stacked along a new first axis; the same for each member, as far as JAX can tell."""
     manual = tuple(name for name in sync.names if name in jax.sharding.get_abstract_mesh().manual_axes)
+    value = vary(value, manual)
     if sync.groups is not None:
         (name,) = sync.names
         if manual:
@@ -56,13 +60,21 @@ def add_across(values: tuple[jax.Array, ...], sync: Sync) -> tuple[jax.Array, ..
         return values
     stacked = jnp.stack(values)
     for position, groups in sync.dims:
-        stacked = _add_along(stacked, position + 1, groups)
+        axis, size = position + 1, stacked.shape[position + 1]
+        stacked = to_members(jnp.sum(members_along(stacked, axis, groups), axis=0), axis, groups, size)
     if sync.groups is not None:
         stacked = jnp.sum(gather(stacked, sync), axis=0)
     elif sync.names:
-        flat = (n for name in sync.names for n in (name if isinstance(name, tuple) else (name,)))
-        stacked = lax.psum(stacked, tuple(flat))
+        flat = tuple(n for name in sync.names for n in (name if isinstance(name, tuple) else (name,)))
+        manual = jax.sharding.get_abstract_mesh().manual_axes
+        stacked = lax.psum(vary(stacked, [name for name in flat if name in manual]), flat)
     return tuple(stacked)
+
+
+def vary(value: jax.Array, names: Iterable[Any]) -> jax.Array:
+    """Under `shard_map` with checks, a value that is equal on all devices along `names` marked as varying there."""
+    missing = tuple(sorted(set(names) - jax.typeof(value).mat.varying))
+    return lax.pcast(value, missing, to="varying") if missing else value
 
 
 def _peers(groups) -> jax.Array:
@@ -71,9 +83,14 @@ def _peers(groups) -> jax.Array:
     return jnp.asarray([table[i] for i in range(len(table))])
 
 
-def _add_along(value, axis, groups):
-    if groups is None:
-        return jnp.broadcast_to(jnp.sum(value, axis, keepdims=True), value.shape)
-    peers = _peers(groups)
+def members_along(value: jax.Array, axis: int, groups: Groups) -> jax.Array:
+    """What the members along `axis` hold, stacked along the first axis: of all, or behind it of each one's group."""
     rows = jnp.moveaxis(value, axis, 0)
-    return jnp.moveaxis(jnp.sum(rows[peers], axis=1), 0, axis)
+    return rows if groups is None else jnp.moveaxis(rows[_peers(groups)], 1, 0)
+
+
+def to_members(shared: jax.Array, axis: int, groups: Groups, size: int) -> jax.Array:
+    """What members have in common, as each of the `size` along `axis` holds it: undoes `members_along`."""
+    if groups is None:
+        shared = jnp.broadcast_to(shared, (size, *shared.shape))
+    return jnp.moveaxis(shared, 0, axis)

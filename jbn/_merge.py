@@ -5,12 +5,13 @@ Moments form a commutative monoid: those of two parts give those of the whole, a
 LeVeque 1979, eq. 2.1).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jbn._collectives import Sync, add_across, gather
+from jbn._collectives import Sync, add_across, gather, members_along, to_members
 from jbn._plan import choose
 
 GATHER_LIMIT = 2**20  # bytes that one gather may bring to a device; beyond, two sums of constant size are cheaper
@@ -41,15 +42,23 @@ def merge_across(own: Moments, sync: Sync) -> Moments:
     By one gather, merged in a fixed order, as long as that is small; else by two sums, of which the second is over
     squared distances from the common mean, so that it does not cancel either.
     """
+    for axis, groups in sync.dims:
+        every = merge_along(_each(own, lambda v, a=axis, g=groups: members_along(v, a, g)))
+        own = _each(every, lambda v, a=axis, g=groups, size=own.mean.shape[axis]: to_members(v, a, g, size))
     if not sync.names:
         return own
     static = isinstance(own.count, int)
-    members = sync.size()
+    members = Sync.over(sync.names, sync.groups).members
     sent = jnp.stack(own[1:] if static else own)
     if sync.groups is None and members * sent.size * sent.dtype.itemsize > GATHER_LIMIT:
         return _merge_by_sums(own, members, sync)
     every = gather(sent, sync)
     return merge_along(Moments(own.count, every[:, 0], every[:, 1]) if static else Moments(*jnp.unstack(every, axis=1)))
+
+
+def _each(own: Moments, f: Callable) -> Moments:
+    """f of every array; a static count stays."""
+    return Moments(own.count if isinstance(own.count, int) else f(own.count), f(own.mean), f(own.m2))
 
 
 def _merge_by_sums(own: Moments, members: int, sync: Sync) -> Moments:

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from jbn import _pieces
-from jbn._merge import Moments, merge_across
+from jbn._merge import Moments
 from jbn._plan import Coefficients, Plan, choose
 from jbn.moments import local_moments
 
@@ -39,7 +39,7 @@ class Learned(NamedTuple):
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def normalize_train(plan: Plan, x, learned: Learned, mask, running: Running):
     """`(y, (count, mean, m2))`: x normalised with its own statistics, and these."""
-    seen = merge_across(local_moments(plan, x, mask), plan.sync)
+    seen = _pieces.synchronise(plan, local_moments(plan, x, mask))
     plan, coef = _coefficients(plan, seen, learned, running)
     (y,) = _pieces.apply(plan, x, coef, learned.residual, mask)
     return y, _as_arrays(seen)
@@ -51,7 +51,7 @@ def _normalize_train_jvp(plan, primals, tangents):
     dx, moved, _, _ = tangents
     # named here, and only here, do the names reach `jax.checkpoint`: kept, they spare the reduction
     x = checkpoint_name(x, "bn_input")
-    seen = merge_across(local_moments(plan, x, mask), plan.sync)
+    seen = _pieces.synchronise(plan, local_moments(plan, x, mask))
     seen = seen._replace(mean=checkpoint_name(seen.mean, "bn_stats"), m2=checkpoint_name(seen.m2, "bn_stats"))
     if not isinstance(seen.count, int):
         seen = seen._replace(count=checkpoint_name(seen.count, "bn_stats"))

@@ -26,9 +26,14 @@ def split(local: Callable, combine: Callable | None, plan: Plan, sharding) -> Ca
         out = local(*flat)
         return combine(flat[0], out, names) if combine and names else out
 
-    if any(entry is not None for entry in sharding.spec):
+    if is_typed(sharding):
         return _by_type(merged, local, plan, sharding)
     return _by_compiler(merged, local, plan, reduces=combine is not None)
+
+
+def is_typed(sharding) -> bool:
+    """Whether an explicit mesh says how an array is split; over an automatic one the compiler decides."""
+    return any(entry is not None for entry in sharding.spec)
 
 
 def _by_type(merged: Callable, local: Callable, plan: Plan, sharding) -> Callable:

@@ -14,12 +14,17 @@ from jbn._primitive import primitive
 
 def _merge_devices(plan: Plan, x, out, names):
     static = len(out) == 2
-    seen = merge_across(Moments(row_count(plan, x) if static else out[0], *out[-2:]), Sync((names,)))
+    seen = merge_across(Moments(row_count(plan, x) if static else out[0], *out[-2:]), Sync.over((names,)))
     return list(seen[1:] if static else seen)
 
 
 def _add_devices(_plan: Plan, _x, out, names):
-    return [*add_across(tuple(out[:2]), Sync((names,))), *out[2:]]
+    return [*add_across(tuple(out[:2]), Sync.over((names,))), *out[2:]]
+
+
+def _merge_members(plan: Plan, count, mean, m2):
+    seen = merge_across(Moments(plan.count if count is None else count, mean, m2), plan.sync)
+    return seen[1:] if count is None else seen
 
 
 def _tangent_transpose(cotangents, *flat, tree, plan):
@@ -64,3 +69,17 @@ gradient_sums_keeping = primitive(
 )
 gradient_input = primitive("gradient_input", _xla.gradient_input, kernel=True)
 tangent = primitive("tangent", _xla.tangent, transpose=_tangent_transpose)
+_merge = primitive("merge", _merge_members)
+
+
+def synchronise(plan: Plan, own: Moments) -> Moments:
+    """Moments of the rows of all that share, each with `own`.
+
+    A primitive, though no kernel: a derivative under vmap may be traced where the axis that vmap named is bound no
+    more, and then only a batching rule of our own knows what it is.
+    """
+    if not plan.sync.names:
+        return own
+    if isinstance(own.count, int):
+        return Moments(own.count * plan.sync.members, *_merge(plan._replace(count=own.count), None, *own[1:]))
+    return Moments(*_merge(plan, *own))

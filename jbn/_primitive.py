@@ -9,8 +9,9 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jbn import _dispatch
+from jbn._collectives import vary
 from jbn._device import GPUS, INSTALL
-from jbn._partition import split
+from jbn._partition import is_typed, split
 
 
 def primitive(
@@ -74,9 +75,10 @@ def primitive(
 
     def lowering(ctx, *values, tree, plan, function=reference):
         local = functools.partial(run, tree=tree, plan=plan, function=function)
-        if plan.sharded and (combine or function is not reference):
+        sharding = ctx.avals_in[0].sharding
+        if plan.sharded and (combine or function is not reference) and not _asks_exported_code(ctx, sharding):
             merge = functools.partial(combine, plan) if combine else None
-            local = split(local, merge, plan, ctx.avals_in[0].sharding)
+            local = split(local, merge, plan, sharding)
         return mlir.lower_fun(local, multiple_results=True)(ctx, *values)
 
     def gpu_lowering(platform, ctx, *values, tree, plan):
@@ -112,6 +114,11 @@ def primitive(
     return bind
 
 
+def _asks_exported_code(ctx, sharding) -> bool:
+    """Whether a split would call back into this process, which exported code cannot: then XLA splits by itself."""
+    return ctx.module_context.lowering_parameters.for_export and not is_typed(sharding)
+
+
 def _to_front(value: jax.Array, dim: int | None, size: int) -> jax.Array:
     if dim is not None:
         return jax.numpy.moveaxis(value, dim, 0)
@@ -121,9 +128,5 @@ def _to_front(value: jax.Array, dim: int | None, size: int) -> jax.Array:
 
 def _vary_alike(flat: Sequence[jax.Array]) -> list[jax.Array]:
     """Under `shard_map` with checks, operands that are equal on all devices are marked as varying like the rest."""
-    varying = [jax.typeof(v).mat.varying for v in flat]
-    union = frozenset().union(*varying)
-    return [
-        jax.lax.pcast(v, tuple(sorted(union - own)), to="varying") if union - own else v
-        for v, own in zip(flat, varying, strict=True)
-    ]
+    union = frozenset().union(*(jax.typeof(v).mat.varying for v in flat))
+    return [vary(v, union) for v in flat]

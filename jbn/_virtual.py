@@ -42,12 +42,12 @@ def check_virtual(size, x, channel: int, sync: Sync) -> Virtual | None:
     if count % size == 0:
         return Virtual(examples, size, Sync(), 1)
     members, left_over = divmod(size, count)
-    if sync.names and not left_over and sync.size() % members == 0:
-        if members == sync.size():
+    if sync.names and not left_over and sync.members % members == 0:
+        if members == sync.members:
             return Virtual(examples, count, sync, members)
         if len(sync.names) == 1:
-            return Virtual(examples, count, sync._replace(groups=_runs(sync, members)), members)
-    over = f" a member, of {sync.size()} over axis_name={sync.names}" if sync.names else ""
+            return Virtual(examples, count, sync._replace(groups=_runs(sync, members), members=members), members)
+    over = f" a member, of {sync.members} over axis_name={sync.names}" if sync.names else ""
     raise ValueError(
         f"virtual_batch_size is {size}, which does not divide the {count} examples{over} of x of shape {x.shape}: give "
         "a divisor, or drop the examples left over"
@@ -106,5 +106,5 @@ def _ways(mesh, names: tuple[str, ...]) -> int:
 
 def _runs(sync: Sync, members: int) -> tuple[tuple[int, ...], ...]:
     """Index groups of so many consecutive members, within the groups there are."""
-    groups = sync.groups or (tuple(range(sync.size())),)
+    groups = sync.groups or (tuple(range(sync.members)),)
     return tuple(tuple(g[i : i + members]) for g in groups for i in range(0, len(g), members))

@@ -10,8 +10,9 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jbn import _check
 from jbn._collectives import Sync
-from jbn._merge import Moments, merge_across, pool_along
+from jbn._merge import Moments, pool_along
 from jbn._op import Learned, Running, normalize_eval, normalize_train
+from jbn._pieces import synchronise
 from jbn._plan import Plan, compute_dtype
 from jbn._virtual import Virtual, check_virtual, each
 
@@ -104,7 +105,8 @@ def bn_train(
         by several of them.
       unbiased: the state keeps var · n / max(n − 1, 1), as PyTorch does. y always uses the biased one.
       axis_name: one or several axes bound by `shard_map`, `pmap` or `vmap`, whose members share the statistics,
-        weighted by their counts. Without it they are each member's own. (Under plain `jit` they are global.)
+        weighted by their counts (what several of them hold counts several times). Without it they are each member's
+        own. (Under plain `jit` they are global.)
       axis_index_groups: with one `axis_name`: equal groups of its indices that share statistics among themselves.
       implementation: "xla", "triton", or None to choose; a named one never falls back.
 
@@ -120,7 +122,7 @@ def bn_train(
     plan = plan._replace(centred=True)
     mask = _check.check_mask(mask, x)
     momentum = _check.check_between("momentum", momentum, 0, 1)
-    sync = Sync(*_check.check_names(axis_name, axis_index_groups))
+    sync = _check.check_names(axis_name, axis_index_groups)
     virtual = check_virtual(virtual_batch_size, x, plan.channel, sync)
     state = jax.tree.map(lax.stop_gradient, state)
     running = _running(state, x)
@@ -194,14 +196,14 @@ def _normalize_virtual(plan: Plan, virtual: Virtual, sync: Sync, x, learned: Lea
         if virtual.sync == sync:
             return y, seen
         share = seen._replace(count=seen.count / virtual.members, m2=seen.m2 / virtual.members)
-        return y, merge_across(share, sync)
+        return y, synchronise(plan._replace(sync=sync), share)
 
     def normalize(x, residual, mask):
         own = plan._replace(sharded=_check.splittable())
         return normalize_train(own, x, learned._replace(residual=residual), mask, running)
 
     y, seen = each(normalize, virtual, x, learned.residual, mask, plan.implementation)
-    return y, merge_across(pool_along(jax.tree.map(lax.stop_gradient, seen)), sync)
+    return y, synchronise(plan._replace(sync=sync), pool_along(jax.tree.map(lax.stop_gradient, seen)))
 
 
 def _moved(state: BNState, seen: Moments, momentum, unbiased: bool) -> BNState:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jbn import _pieces
 from jbn._check import check_axis, check_input, check_mask, check_names, splittable
 from jbn._collectives import Sync
-from jbn._merge import Moments, merge_across, merge_two
+from jbn._merge import Moments, merge_two
 from jbn._plan import Plan, compute_dtype, row_count
 
 
@@ -34,9 +34,8 @@ def moments(x, *, axis: int = -1, mask=None, axis_name: str | Sequence[str] | No
     """
     x = check_input(x)
     plan = Plan(check_axis(axis, x), 0, 1, True, None, compute_dtype(x.dtype), Sync(), splittable(), None)
-    names, groups = check_names(axis_name, None)
-    local = local_moments(plan, x, check_mask(mask, x))
-    out = merge_across(local, Sync(names, groups))
+    plan = plan._replace(sync=check_names(axis_name, None))
+    out = _pieces.synchronise(plan, local_moments(plan, x, check_mask(mask, x)))
     return out._replace(count=jnp.asarray(out.count, out.mean.dtype))
 
 

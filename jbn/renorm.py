@@ -8,7 +8,6 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jbn import _check
-from jbn._collectives import Sync
 from jbn._plan import compute_dtype
 from jbn._virtual import check_virtual, each
 from jbn.functional import Activation, BNParams, BNState, Implementation, bn_train
@@ -63,7 +62,7 @@ def brn_train(
     r_max = _check.check_between("r_max", r_max, 1, float("inf"))
     d_max = _check.check_between("d_max", d_max, 0, float("inf"))
     mask = _check.check_mask(mask, x)
-    names = Sync(*_check.check_names(axis_name, axis_index_groups))
+    names = _check.check_names(axis_name, axis_index_groups)
     virtual = check_virtual(virtual_batch_size, x, channel, names)
     kind = compute_dtype(x.dtype)
     running = jax.tree.map(lambda v: lax.stop_gradient(jnp.asarray(v).astype(kind)), state)

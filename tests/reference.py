@@ -1,4 +1,4 @@
-"""Batch normalization in plain jax.numpy: what jax itself derives, batches and lowers.
+"""Batch normalization in plain jax.numpy and lax's collectives: what jax itself derives, batches and lowers.
 
 For comparing transformations; `oracle.py` judges the values. Inputs are finite.
 """
@@ -29,16 +29,19 @@ def bn_train(
     activation=None,
     virtual_batch_size=None,
     unbiased=False,
+    axis_name=None,
+    axis_index_groups=None,
 ):
+    across = _across(axis_name, axis_index_groups)
     rows = _grouped(x, axis, virtual_batch_size)
     valid = jnp.ones_like(rows, bool)
     if mask is not None:
         valid = _grouped(jnp.broadcast_to(mask, x.shape), axis, virtual_batch_size)
     running = jax.lax.stop_gradient(state)
-    _, mean, var = _moments(rows, valid, running)
+    _, mean, var = _moments(rows, valid, running, _across(None, None) if virtual_batch_size else across)
     y = _finish(params, x, rows, mean, var, axis, epsilon, residual, activation)
     rows, valid = (a.reshape(1, -1, a.shape[-1]) for a in (rows, valid))
-    n, mean, var = jax.lax.stop_gradient(_moments(rows, valid, running))
+    n, mean, var = jax.lax.stop_gradient(_moments(rows, valid, running, across))
     n, mean, var = n[0, 0], mean[0, 0], var[0, 0]
     if unbiased:
         var = var * jnp.where(n > 0, n / jnp.maximum(n - 1, 1), 1)
@@ -67,10 +70,20 @@ def _grouped(a, axis, virtual_batch_size):
     return a.reshape(a.shape[0] // virtual_batch_size if virtual_batch_size else 1, -1, a.shape[-1])
 
 
-def _moments(rows, valid, running):
+def _moments(rows, valid, running, across):
     """Two passes; the running state where nothing is valid."""
-    n = valid.sum(1, keepdims=True).astype(rows.dtype)
-    mean = jnp.where(valid, rows, 0).sum(1, keepdims=True) / jnp.maximum(n, 1)
-    var = jnp.where(valid, (rows - mean) ** 2, 0).sum(1, keepdims=True) / jnp.maximum(n, 1)
+    n = across(valid.sum(1, keepdims=True).astype(rows.dtype))
+    mean = across(jnp.where(valid, rows, 0).sum(1, keepdims=True)) / jnp.maximum(n, 1)
+    var = across(jnp.where(valid, (rows - mean) ** 2, 0).sum(1, keepdims=True)) / jnp.maximum(n, 1)
     old_mean, old_var = (a[None, None] for a in running)
     return n, jnp.where(n > 0, mean, old_mean), jnp.where(n > 0, var, old_var)
+
+
+def _across(name, groups):
+    """The sum over the members of a named axis, or over those of the own group."""
+    if name is None:
+        return lambda v: v
+    if groups is None:
+        return lambda v: jax.lax.psum(v, name)
+    peers = jnp.array([group for i in range(sum(map(len, groups))) for group in groups if i in group])
+    return lambda v: jax.lax.all_gather(v, name)[peers[jax.lax.axis_index(name)]].sum(0)

@@ -152,6 +152,38 @@ def test_axis_index_groups(groups):
     raises(lambda: f(np.ones((4, 5, 3), "f4")), "axis_index_groups", re.escape(str(groups)), "once|each|every")
 
 
+@pytest.mark.parametrize(
+    "groups, came",
+    [
+        (4, "4"),
+        ([0, 1, 2, 3], r"\[0, 1, 2, 3\]"),
+        ([[0, 1], [2, 3.0]], r"3\.0"),
+        ([[0, 1], None], "None"),
+        ("01", "'01'"),
+    ],
+    ids=str,
+)
+def test_axis_index_groups_that_are_not_lists_of_integers(groups, came):
+    f = jax.vmap(lambda x: jbn.bn_train(PARAMS, STATE, x, axis_name="i", axis_index_groups=groups)[0], axis_name="i")
+    raises(lambda: f(np.ones((4, 5, 3), "f4")), "axis_index_groups", came, "integers", r"\[\[0, 1\], \[2, 3\]\]")
+
+
+@pytest.mark.parametrize("function", [lambda **o: jbn.bn_train(PARAMS, STATE, **o)[0], jbn.moments])
+@pytest.mark.parametrize(
+    "names, came, remedy",
+    [
+        (("i", "i"), r"\('i', 'i'\)", "once"),
+        (["i", "j", "i"], r"\['i', 'j', 'i'\]", "once"),
+        ({"i"}, r"\{'i'\}", "sequence"),
+        ([["i"]], r"\[\['i'\]\]", "sequence"),
+    ],
+    ids=str,
+)
+def test_names(function, names, came, remedy):
+    f = jax.vmap(jax.vmap(lambda x: function(x=x, axis_name=names), axis_name="i"), axis_name="j")
+    raises(lambda: f(np.ones((2, 4, 5, 3), "f4")), "axis_name", came, remedy)
+
+
 def test_triton_says_what_works_instead():
     if jax.default_backend() == "gpu":
         pytest.skip("for hosts without a GPU")

@@ -1,10 +1,14 @@
 """jax.export for every platform from this host, its bytes, and the same values where they can run here."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
 from cases import PROBLEMS, draw, evaluate, loss, train
 from jax import export
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -38,6 +42,27 @@ def test_round_trip(name):
 def test_lowers_for_one_platform_alone(platform):
     f, args = FUNCTIONS["gradient: plain"]
     assert export.export(jax.jit(f), platforms=(platform,))(*args).mlir_module()
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["automatic", "explicit"])
+def test_over_devices(kind, devices):
+    """Statistics stay those of the whole batch, and what is gathered stays small."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,), devices=devices)
+    case = PROBLEMS["plain"]._replace(shape=(64, 4, 2), mask=(0, 1))
+    function, (arrays, state, mask) = train(case), draw(case)
+    with jax.set_mesh(mesh):
+        x, mask = (jax.device_put(v, NamedSharding(mesh, P("data"))) for v in (arrays["x"], mask))
+        total = lambda x, mask: (function(arrays | {"x": x}, state, mask)[0] ** 3).sum()  # noqa: E731
+        f = jax.jit(jax.value_and_grad(total))
+        assert export.export(f, platforms=("cuda", "tpu"))(x, mask).serialize()
+        exported = export.export(f, platforms=("cpu",))(x, mask)
+        assert exported.nr_devices == 8
+        call = jax.jit(export.deserialize(exported.serialize()).call)
+        compiled = call.lower(x, mask).compile()
+        for got, want in zip(compiled(x, mask), f(x, mask), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    gathered = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather", compiled.as_text())
+    assert all(np.prod([int(n) for n in shape.split(",")]) < x.size / 8 for shape in gathered)
 
 
 def test_derivative_of_what_was_exported():

@@ -82,6 +82,32 @@ def test_two_names(mesh, check_vma, rows):
     check(gradients(f)(*inputs(), cotangent()))
 
 
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_a_name_over_which_x_is_the_same(mesh, check_vma):
+    """Copies of a part weigh alike, so the statistics stay."""
+    f = jax.shard_map(
+        train(CASE, axis_name=AXES),
+        mesh=mesh,
+        in_specs=(arrays_specs(P("a")), P(), P("a")),
+        out_specs=(P("a"), P()),
+        check_vma=check_vma,
+    )
+    check(gradients(f)(*inputs(), cotangent()))
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_only_a_name_over_which_x_is_the_same(mesh, check_vma):
+    """Statistics of copies alone are x's own."""
+    f = jax.shard_map(
+        train(CASE, axis_name="b"),
+        mesh=mesh,
+        in_specs=(arrays_specs(P()), P(), P()),
+        out_specs=(P(), P()),
+        check_vma=check_vma,
+    )
+    check(gradients(f)(*inputs(), cotangent()))
+
+
 @pytest.mark.parametrize("name", AXES)
 def test_one_of_two_names(mesh, name):
     """Members along the other axis stay apart."""

@@ -7,8 +7,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import Case, draw, positional, train
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
+from mapping import KINDS, spread
 from oracle import assert_close
 
 import jbn
@@ -16,7 +15,6 @@ import jbn
 pytestmark = pytest.mark.usefixtures("strict")
 
 CASE = Case((16, 3, 4), mask=(0, 2), residual=True, activation="silu", unbiased=True)
-KINDS = ("shard_map", "shard_map unchecked", "pmap", "vmap")
 GROUPS = [[0, 2, 4, 6], [1, 3, 5, 7]]
 
 
@@ -26,36 +24,6 @@ def inputs():
     drawn = draw(CASE)
     drawn.mask[6:8] = drawn.mask[10:12, :, 1:] = drawn.mask[..., 3] = False
     return drawn
-
-
-def spread(kind, f, devices, varying_state=False):
-    """g(arrays, state, mask, dy) that runs f on eighths of the rows, and returns what f does.
-
-    f returns (something with rows, state); the state comes back once a device, or once where all agree.
-    """
-    specs = {k: P("d") if k in ("x", "residual") else P() for k in inputs().arrays}
-    if kind.startswith("shard_map"):
-        body = f
-        if varying_state:
-            body = lambda *args: (lambda y, s: (y, jax.tree.map(lambda a: a[None], s)))(*f(*args))  # noqa: E731
-        return jax.shard_map(
-            body,
-            mesh=Mesh(np.array(devices), "d"),
-            in_specs=(specs, P(), P("d"), P("d")),
-            out_specs=(P("d"), P("d") if varying_state else P()),
-            check_vma=kind == "shard_map",
-        )
-    mapping = jax.pmap if kind == "pmap" else jax.vmap
-    mapped = mapping(f, axis_name="d", in_axes=({k: 0 if s else None for k, s in specs.items()}, None, 0, 0))
-    cut = lambda a: a.reshape(8, -1, *a.shape[1:])  # noqa: E731
-    join = lambda a: a.reshape(-1, *a.shape[2:])  # noqa: E731
-
-    def g(arrays, state, mask, dy):
-        arrays = {k: cut(a) if specs[k] else a for k, a in arrays.items()}
-        out, state = mapped(arrays, state, cut(mask), cut(dy))
-        return jax.tree.map(join, out), state
-
-    return g
 
 
 def synchronised(**more):
