@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -71,3 +73,48 @@ def test_processes_that_cannot_share_a_batch(processes):
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 1
     assert f"--processes is {processes}, give a divisor of the 64 examples of a batch" in done.stderr
+
+
+def test_without_who_started_them_the_others_still_end():
+    """Processes of a cluster, with nobody to stop them: JAX notices that one is gone."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", ENDLESS, address, str(index)],
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    try:
+        for process in processes:
+            assert "4 devices\n" in process.stdout, process.stderr.read()  # gloo writes above it
+        processes[1].kill()
+        _, error = processes[0].communicate(timeout=60)
+        assert processes[0].returncode != 0
+        assert re.search(r"heartbeat|Connection closed by peer|unavailable|UNAVAILABLE|died", error), error
+    finally:
+        for process in processes:
+            process.kill()
+
+
+ENDLESS = """
+import sys, jax, jbn
+from experiments.distributed import join
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+join(sys.argv[1:], 2)
+mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+x = jax.jit(lambda: jax.random.normal(jax.random.key(0), (8, 3)), out_shardings=NamedSharding(mesh, P("data")))()
+params, state = jbn.bn_init(3)
+step = jax.jit(lambda state, x: jbn.bn_train(params, state, x)[1])
+state = jax.block_until_ready(step(state, x))
+print(jax.device_count(), "devices", flush=True)
+while True:
+    state = jax.block_until_ready(step(state, x))
+"""

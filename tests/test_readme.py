@@ -1,10 +1,15 @@
 """README's examples run, and its commands are where CI looks for them."""
 
 import json
+import os
 import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -59,3 +64,53 @@ def test_folding_is_what_was_measured():
         quartiles = f"{after['speedup_lower_quartile']:.2f}–{after['speedup_upper_quartile']:.2f}"
         times = f"{before['milliseconds']:.1f} | {after['milliseconds']:.1f}"
         assert f"| {before['case']} | {times} | {after['speedup']:.2f}× ({quartiles}) |" in README
+
+
+def test_communication_is_what_was_measured():
+    rows = json.loads((ROOT / "experiments/results/cpu/communication.json").read_text(encoding="utf-8"))["rows"]
+    for devices in (8, 256, 4096):
+        found = [row for row in rows if row["devices"] == devices]
+        cells = (f"{row['collectives']}, {row['received_bytes'] / 1e6:.3g} MB" for row in found)
+        assert f"| {devices} | {' | '.join(cells)} |" in README
+
+
+def test_script_over_processes(tmp_path):
+    """As `mpirun` would start it: two processes of two devices, which Open MPI's variables tell from each other."""
+    (source,) = re.findall(r"```py\n(.*?)```", README, re.DOTALL)
+    script = tmp_path / "script.py"
+    script.write_text(source, encoding="utf-8")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "PYTHONPATH": str(ROOT),
+        "JAX_COORDINATOR_PORT": str(port),
+        "OMPI_MCA_orte_hnp_uri": f"1.0;tcp://127.0.0.1:{port}",
+        "OMPI_COMM_WORLD_SIZE": "2",
+    }
+    running = [
+        subprocess.Popen(
+            [sys.executable, script],
+            env=environment | {"OMPI_COMM_WORLD_RANK": str(i), "OMPI_COMM_WORLD_LOCAL_RANK": str(i)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    batches = [np.random.default_rng(i).normal(size=(16, 3)) for i in range(2)]
+    try:
+        indices = set()
+        for process in running:
+            out, error = process.communicate(timeout=300)
+            assert process.returncode == 0, error
+            index, *mean = re.sub(r"[\[\]]", " ", out.splitlines()[-1]).split()  # gloo writes above it
+            indices.add(int(index))
+            np.testing.assert_allclose(np.float64(mean), 0.01 * np.concatenate(batches).mean(0), rtol=1e-4)
+        assert indices == {0, 1}
+    finally:
+        for process in running:
+            process.kill()
