@@ -197,7 +197,7 @@ def splittable() -> bool:
     return not (jax.sharding.get_abstract_mesh().manual_axes or _bound(UNSPLIT))
 
 
-def _bound(name: str) -> bool:
+def _bound(name) -> bool:
     try:
         lax.axis_size(name)
     except NameError:
