@@ -147,8 +147,9 @@ def figure(results: Any) -> Any:
         loss = np.minimum(final_loss(row), GUESS)[measured]
         lines(losses, grid, loss, color)
         lines(accuracies, grid, 100 * np.array(row["accuracy"])[measured], color)
-        lowest, side = loss.mean(0).argmin(), {"xytext": (-28, -7), "ha": "right"} if network == "no norm" else {}
-        name(losses, grid[lowest], float(loss.mean(0)[lowest]), network, color, **{"xytext": (10, -9), **side})
+        lowest = int(loss.mean(0).argmin())
+        where = {"xytext": (-28, -7), "ha": "right"} if network == "no norm" else {"xytext": (10, -9)}
+        name(losses, float(grid[lowest]), float(loss.mean(0)[lowest]), network, color, **where)
     losses.axhline(told["working_loss"], color=GREY, linewidth=0.8, linestyle=DASHES)
     losses.annotate(
         "works", (grid[-1], told["working_loss"]), (0, -10), textcoords="offset points", color=GREY, ha="right"
