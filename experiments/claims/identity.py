@@ -17,6 +17,7 @@ In inference, where the statistics stand still, the first claim holds whatever t
 A seed draws the examples and the batches.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -76,6 +77,7 @@ def configuration(quick: bool) -> dict[str, Any]:
     return {
         "seeds": 4 if quick else 20,
         "examples": examples,
+        "data": ("bikes",) if quick else ("bikes", "digits"),
         "batch_sizes": (JUDGED_BATCH, examples) if quick else (15, JUDGED_BATCH, 250, examples),
         "learning_rate": 0.2,
         "steps": 40 if quick else 200,
@@ -84,7 +86,7 @@ def configuration(quick: bool) -> dict[str, Any]:
 
 
 def parts(configuration: dict[str, Any]) -> list[dict[str, Any]]:
-    exact = [{"parameters": "set", "data": data} for data in ("bikes", "digits")]
+    exact = [{"parameters": "set", "data": data} for data in configuration["data"]]
     return exact + [{"parameters": "learned", "batch_size": size} for size in configuration["batch_sizes"]]
 
 
@@ -99,23 +101,25 @@ class Layer(nn.Module):
 def measure(configuration: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
     """Set: the error (seeds,). Learned: what `distance` tells, (seeds, evaluations)."""
     pool = (load_digits() if part.get("data") == "digits" else load_bikes()).train_x
-    pool = pool.reshape(len(pool), -1)
+    keys = seeds(configuration)
+    drawn = draw(keys, pool.reshape(len(pool), -1), configuration["examples"])
+    if part["parameters"] == "set":
+        return {"error": wait(jax.jit(jax.vmap(error))(drawn))}
 
-    def draw(key: Array, pool: Array) -> Array:
-        return jax.random.choice(key, pool, (configuration["examples"],), replace=False)
+    rate = optax.linear_schedule(configuration["learning_rate"], 0, configuration["steps"])
+    schedule = Schedule(configuration["steps"], part["batch_size"], configuration["evaluate_every"])
 
-    def learn(key: Array, pool: Array) -> dict[str, Array]:
-        chosen, trained = jax.random.split(key)
-        x = draw(chosen, pool)
-        rate = optax.linear_schedule(configuration["learning_rate"], 0, configuration["steps"])
-        schedule = Schedule(configuration["steps"], part["batch_size"], configuration["evaluate_every"])
+    def learn(key: Array, x: Array) -> dict[str, Array]:
         told: dict[str, Any] = {"loss": half_squares, "evaluate": distance(x, part["batch_size"])}
-        return train(Layer(), optax.sgd(rate), Split(x, x, x, x), trained, schedule, **told).found
+        return train(Layer(), optax.sgd(rate), Split(x, x, x, x), key, schedule, **told).found
 
-    def one(key: Array, pool: Array) -> dict[str, Array]:
-        return learn(key, pool) if part["parameters"] == "learned" else {"error": error(draw(key, pool))}
+    return wait(jax.jit(jax.vmap(learn))(keys, drawn))
 
-    return wait(jax.jit(jax.vmap(one, (0, None)))(seeds(configuration), pool))
+
+@functools.partial(jax.jit, static_argnums=2)
+def draw(keys: Array, pool: Array, examples: int) -> Array:
+    """(keys, examples, features): for each key, examples from the pool, none twice."""
+    return jax.vmap(lambda key: jax.random.choice(jax.random.fold_in(key, 1), pool, (examples,), replace=False))(keys)
 
 
 def half_squares(y: Array, x: Array) -> Array:
@@ -157,7 +161,7 @@ def distance(x: Array, batch_size: int) -> Any:
 
 
 def effects(rows: list[dict[str, Any]], configuration: dict[str, Any]) -> dict[str, list[float]]:
-    exact = [find(rows, parameters="set", data=data)["error"] for data in ("bikes", "digits")]
+    exact = [find(rows, parameters="set", data=data)["error"] for data in configuration["data"]]
     whole, drawn = (find(rows, batch_size=size) for size in (configuration["examples"], JUDGED_BATCH))
     return {
         "set": (np.max(exact, 0) / EPS).tolist(),
