@@ -150,7 +150,7 @@ def explain(
         x.shape,
         {name: _launches(found, platform) for name, found in pieces.items()} if chosen == "triton" else {},
         {name: sum(map(_floor, found)) for name, found in pieces.items()},
-        _collectives(members, vector, mask is not None, virtual_batch_size is not None),
+        _collectives(members, vector, mask is not None, virtual_batch_size is not None, axis_name is not None),
         tuple(notes),
     )
 
@@ -226,11 +226,18 @@ def _floor(piece: _Piece) -> int:
     return sum(map(_bytes, tensors))
 
 
-def _collectives(members: int, vector, masked: bool, virtual: bool) -> dict[str, tuple[Collective, ...]]:
+def _collectives(members: int, vector, masked: bool, virtual: bool, named: bool) -> dict[str, tuple[Collective, ...]]:
     """What `members` devices that share channels send each other; `vector` is over the channels."""
     if members == 1:
         return {}
     one = _bytes(vector)
+    if virtual and not named:  # whole ones on each device: only the running statistics are shared
+        forward = (
+            Collective("all-reduce", one, "largest mean"),
+            Collective("all-reduce", (2 if masked else 1) * one, "counts and means" if masked else "means"),
+            Collective("all-reduce", one, "squared deviations from the common mean"),
+        )
+        return {"forward": forward, "backward": ()}
     sent = (3 if masked or virtual else 2) * one
     if members * sent <= _merge.GATHER_LIMIT:
         forward = (Collective("all-gather", members * sent, f"moments of {members} parts"),)

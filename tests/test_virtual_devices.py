@@ -116,6 +116,17 @@ def test_renormalization(mesh, k):
     jax.tree.map(functools.partial(assert_close, n=CASE.rows, factor=10), got, want)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_explain_tells_what_the_state_sends(devices, masked):
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,), devices=devices)
+    put = lambda a: jax.device_put(a, NamedSharding(mesh, P("a")))  # noqa: E731
+    x, options = put(inputs().arrays["x"]), {"mask": put(inputs().mask)} if masked else {}
+    told = jbn.explain(x, virtual_batch_size=2, **options).collectives["forward"]
+    f = functools.partial(jbn.bn_train, *jbn.bn_init(NUMBERS), virtual_batch_size=2)
+    sent = collectives(jax.jit(f).lower(x, **options).compile())
+    assert [(one.kind, one.size) for one in told] == sent
+
+
 def test_channels_first(mesh):
     """The examples are then the second axis."""
     x = np.moveaxis(inputs().arrays["x"], -1, 0)
