@@ -66,8 +66,8 @@ CAPTION = (
     "Left, middle: test accuracy at the end of training over the learning rate, batch norm before and after the "
     "activation, and before it without the dense layer's bias, whose absence shows only where training all but "
     "diverges; dots, the rate that each is measured at; mean over seeds with its 95 % interval. Right: largest "
-    "gradient of the dense layer's bias over that of batch norm's, with batch norm before and after the activation; a dot "
-    "for each seed."
+    "gradient of the dense layer's bias over that of batch norm's, with batch norm before and after the activation; a "
+    "dot for each seed."
 )
 ACTIVATIONS = ("relu", "sigmoid")
 BEFORE, AFTER, NO_BIAS = "before", "after", "before, no bias"
