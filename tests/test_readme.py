@@ -1,5 +1,6 @@
 """README's examples run, and its commands are where CI looks for them."""
 
+import importlib.util
 import json
 import os
 import re
@@ -12,9 +13,13 @@ import jax
 import numpy as np
 import pytest
 
+from experiments import catalog, report, study
+from experiments.record import Options, Results
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+FILE = r"<!-- experiment: (\w+) -->\n```python\n(.*?)```"  # a whole file, not a script
+EXAMPLES = re.findall(r"```python\n(.*?)```", re.sub(FILE, "", README, flags=re.DOTALL), re.DOTALL)
 
 
 @pytest.mark.parametrize("source", EXAMPLES, ids=[f"example {i}" for i in range(len(EXAMPLES))])
@@ -40,6 +45,29 @@ def test_every_function_of_the_family_is_in_an_example():
 def test_commands_are_marked(name):
     (block,) = re.findall(rf"<!-- command: {name} -->\n```sh\n(.*?)\n```", README, re.DOTALL)
     assert block.startswith("python3 -m venv .venv && ")
+
+
+def test_an_experiment_is_thirty_lines_and_runs(tmp_path):
+    [(name, source)] = re.findall(FILE, README, re.DOTALL)
+    statements = [line for line in source.splitlines() if line.strip()]
+    assert len(statements) < 40
+    (tmp_path / "claims").mkdir()
+    path = tmp_path / "claims" / f"{name}.py"
+    path.write_text(source, encoding="utf-8")
+    assert catalog.discover(tmp_path)[name].is_claim
+    spec = importlib.util.spec_from_file_location(name, path)
+    experiment = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(experiment)
+    results = Results(name)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        study.run(experiment, Options(out=tmp_path, quick=True), results)
+    assert results.summary["findings"]["with"]["samples"]
+    assert results.save(tmp_path, experiment.figure)
+
+
+def test_claims_are_what_was_measured():
+    [shown] = re.findall(r"<!-- claims -->\n(.*?)<!-- /claims -->", README, re.DOTALL)
+    assert shown == report.markdown(report.read(ROOT / "experiments/results/cpu"))
 
 
 def test_speed_is_what_was_measured():
