@@ -119,9 +119,10 @@ def shown(finding: dict[str, Any]) -> str:
 
 def number(value: float) -> str:
     """Three significant digits, without an exponent where that is short."""
-    if value == 0:
+    rounded = float(f"{value:.2e}")  # first: else 0.9996 and 1 would differ in decimals
+    if rounded == 0:
         return "0"
-    if 0.001 <= abs(value) < 100_000:
-        decimals = 0 if abs(value) >= 100 else 2 - math.floor(math.log10(max(abs(value), 0.1)))
-        return f"{value:,.{decimals}f}"
-    return f"{value:.1e}"
+    if 0.001 <= abs(rounded) < 100_000:
+        decimals = 0 if abs(rounded) >= 100 else 2 - math.floor(math.log10(max(abs(rounded), 0.1)))
+        return f"{rounded:,.{decimals}f}"
+    return f"{rounded:.1e}"

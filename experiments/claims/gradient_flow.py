@@ -47,13 +47,13 @@ CLAIMS = {
     "relu": Claim(
         says="In batch-normalized relu networks gradients explode with depth, their squares at theory's rate per "
         "layer, which falls to π / (π - 1) = 1.47 for large batches.",
-        source=YANG + "section 3 (explosion rate of relu networks)",
+        source=YANG + "theorem 8",
         effect="logarithm of the measured rate over that of theory's, summed over batch sizes",
         rule=THEORY,
     ),
     "linear": Claim(
         says="In batch-normalized linear networks the squares of gradients grow by (B - 2) / (B - 3) a layer.",
-        source=YANG + "section 3 (explosion rate of linear networks)",
+        source=YANG + "rate of linear networks",
         effect="logarithm of the measured rate over that of theory's, summed over batch sizes",
         rule=THEORY,
     ),

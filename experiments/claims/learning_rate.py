@@ -31,7 +31,7 @@ from experiments.plots import BLUE, DASHES, GREY, VERMILION, lines, name, pyplot
 from experiments.study import find
 from experiments.train import Schedule, seeds, train, wait
 
-IOFFE, BJORCK = "Ioffe & Szegedy 2015, section 3.3", "Bjorck et al. 2018, section 2 and figure 1"
+IOFFE, BJORCK = "Ioffe & Szegedy 2015, section 3.3", "Bjorck et al. 2018, abstract"
 CLAIMS = {
     "higher": Claim(
         says="Higher learning rates work with batch norm.",
