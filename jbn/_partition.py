@@ -80,9 +80,10 @@ def _by_compiler(merged: Callable, local: Callable, plan: Plan, reduces: bool) -
 
         left = ", ".join(factors_of(i, o.shape) for i, o in enumerate(operands))
         right = ", ".join(factors_of("r", r.shape) for r in results)
-        if not reduces:
-            return f"{left} -> {right}"
-        return f"{left} -> {right}", {"reduction_factors": tuple(factors[a] for a in rows(plan, len(shape)))}
+        # rows that a result has, as z̄ beside its sums, are no reduction to the compiler
+        kept = right.replace(",", "").split()
+        summed = tuple(factors[a] for a in rows(plan, len(shape)) if reduces and factors[a] not in kept)
+        return (f"{left} -> {right}", {"reduction_factors": summed}) if summed else f"{left} -> {right}"
 
     op = custom_partitioning(lambda *flat: local(*flat))
     op.def_partition(partition, sharding_rule=rule)

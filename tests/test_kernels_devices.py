@@ -1,0 +1,163 @@
+"""The Triton kernels over several devices: each on its own part of x, one collective between two launches.
+
+Lowered for CUDA, and run on CPU devices with Triton's interpreter in the place of the launch.
+"""
+
+import functools
+import re
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax._src.interpreters import mlir
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from oracle import assert_close
+
+import jbn
+from jbn import _dispatch, _xla
+
+pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("jax_triton", reason="jax-triton is not installed", exc_type=Exception)
+
+from interpreter import run
+
+from jbn import _triton
+
+SHAPE = (16, 4, 8)
+LOCAL = "tensor<2x4x8xf32>"
+PIECES = ("moments", "apply", "gradient_sums", "gradient_sums_keeping", "gradient_input")
+ONE_AT_A_TIME = threading.Lock()
+WAYS = ("shard_map", "shard_map unchecked", "explicit", "automatic")
+
+
+def data():
+    rng = np.random.default_rng(0)
+    x, residual, dy = rng.normal(1, 2, (3, *SHAPE)).astype(np.float32)
+    scale, bias = rng.uniform(0.5, 1.5, (2, SHAPE[-1])).astype(np.float32)
+    mask = rng.random((*SHAPE[:2], 1)) < 0.7
+    mask[2:4] = False  # device 1 has nothing valid
+    return x, residual, dy, scale, bias, mask
+
+
+def step(x, residual, dy, scale, bias, mask, axis_name=None):
+    """y, new state, and gradients of x, residual, scale and bias."""
+    _, state = jbn.bn_init(SHAPE[-1])
+
+    def f(x, residual, scale, bias):
+        options = dict(activation="relu", axis_name=axis_name, implementation="triton")
+        return jbn.bn_train(jbn.BNParams(scale, bias), state, x, mask=mask, residual=residual, **options)
+
+    y, pull, state = jax.vjp(f, x, residual, scale, bias, has_aux=True)
+    return y, state, pull(dy)
+
+
+def spread(way, devices):
+    """The step in one of the ways, the mesh, and placed arguments."""
+    kind = AxisType.Explicit if way == "explicit" else AxisType.Auto
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(kind,), devices=devices)
+    rows, whole = P("d"), P()
+    specs = (rows, rows, rows, whole, whole, rows)
+    given = [jax.device_put(v, NamedSharding(mesh, spec)) for v, spec in zip(data(), specs, strict=True)]
+    if not way.startswith("shard_map"):
+        return jax.jit(step), mesh, given
+    checked = way == "shard_map"
+
+    def local(*args):
+        y, state, (dx, dresidual, dscale, dbias) = step(*args, axis_name="d")
+        if not checked:  # checked, JAX sums the gradients of what is the same everywhere by itself
+            dscale, dbias = jax.lax.psum((dscale, dbias), "d")
+        return y, state, (dx, dresidual, dscale, dbias)
+
+    out = (rows, whole, (rows, rows, whole, whole))
+    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out, check_vma=checked)), mesh, given
+
+
+@pytest.mark.parametrize("way", WAYS[:3])
+def test_kernels_are_called_on_the_part_of_a_device(way, devices):
+    """moments, gather, apply; gradient sums, sum, x̄."""
+    f, mesh, given = spread(way, devices)
+    with jax.set_mesh(mesh):
+        text = f.trace(*given).lower(lowering_platforms=("cuda",)).as_text()
+    calls = re.findall(r"custom_call @triton_kernel_call\(.*? : \((tensor<[^,)]*>)", text)
+    assert calls == [LOCAL] * 4
+    order = re.findall(r"triton_kernel_call|stablehlo\.(all_\w+)", text)
+    called = [place for place, collective in enumerate(order) if not collective]
+    assert order[called[0] : called[1]] == ["", "all_gather"]
+    assert "all_reduce" in order[called[2] : called[3]]
+
+
+def interpreted(launch, *arrays):
+    """A launch, in the interpreter, on the host."""
+    shapes = [jax.ShapeDtypeStruct(o.shape, jnp.dtype(o.dtype)) for o in launch.outputs]
+
+    def host(*arrays):
+        outputs = [np.zeros(s.shape, s.dtype) for s in shapes]
+        with ONE_AT_A_TIME:  # the interpreter patches Triton
+            run(launch.kernel, launch.programs, *map(np.array, arrays), *launch.numbers, *outputs, **launch.constants)
+        return outputs
+
+    return jax.pure_callback(host, shapes, *arrays)
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """The pieces lower on a CPU too as they do for CUDA."""
+    lowerings = mlir._platform_specific_lowerings
+    pieces = {p: rule for p, rule in lowerings["cuda"].items() if p.name in {f"jbn_{name}" for name in PIECES}}
+    assert len(pieces) == len(PIECES)
+    for piece, rule in pieces.items():
+        monkeypatch.setitem(lowerings["cpu"], piece, rule)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+def check(f, mesh, given):
+    """Values, state and gradients are the oracle's."""
+    with jax.set_mesh(mesh):
+        y, state, grads = jax.block_until_ready(f(*given))
+    x, residual, dy, scale, bias, mask = data()
+    args, options = (x, scale, bias, np.zeros(8), np.ones(8)), dict(mask=mask, residual=residual)
+    want = oracle.bn_train(*args, **options, activation="relu")
+    wanted = oracle.bn_train_grads(dy, *args, **options, activation="relu")
+    rows = 64
+    assert_close(y, want.y, n=rows, factor=5)
+    assert_close(state.mean, want.mean, n=rows)
+    assert_close(state.var, want.var, n=rows)
+    for key, value in zip(("x", "residual", "scale", "bias"), grads, strict=True):
+        assert_close(value, wanted[key], n=rows, factor=10)
+
+
+@pytest.mark.parametrize("way", WAYS[:3])
+def test_in_the_interpreter(way, devices, on_cpu, monkeypatch):
+    runner = functools.partial(interpreted)
+    runner.processors = 4
+    monkeypatch.setattr(
+        _dispatch, "kernels", lambda name, platform: functools.partial(getattr(_triton, name), runner=runner)
+    )
+    check(*spread(way, devices))
+
+
+def test_split_by_the_compiler(devices, on_cpu, monkeypatch):
+    """Over an automatic mesh, where no callback survives: plain jnp as the kernels, split by their rules."""
+    shapes = {}
+
+    def kernels(name, platform):
+        def piece(plan, x, *operands):
+            shapes.setdefault(name, set()).add(x.shape)
+            return getattr(_xla, name)(plan, x, *operands)
+
+        return piece
+
+    monkeypatch.setattr(_dispatch, "kernels", kernels)
+    f, mesh, given = spread("automatic", devices)
+    check(f, mesh, given)
+    text = f.lower(*given).compile().as_text()
+    assert re.findall(r"= (\S+?)\{\S* all-gather\(", text) == ["f32[8,3,8]"], "moments, and nothing of x's size"
+    assert len(re.findall(r" all-reduce\(", text)) == 1
+    part = (SHAPE[0] // 8, *SHAPE[1:])
+    assert shapes == {name: {SHAPE, part} for name in PIECES if name != "gradient_sums"}
