@@ -62,19 +62,34 @@ def offsets_of(row, channel, C, S: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def place(tile, channel, rows, C, S: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr):
+    """(rows, offsets within the batch, which of these exist) of a tile."""
+    row = rows_of(tile, ROWS, WIDE)
+    return row, offsets_of(row, channel, C, S, WIDE), along_rows(row < rows, S) & along_channels(channel < C, S)
+
+
+@triton.jit
+def load(ptr, offset, inside):
+    """A tile in float32, 0 outside."""
+    return tl.load(ptr + offset, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def load_seen(
-    mask_ptr, row, in_rows, offset, inside, mask_divisor, mask_period, S: tl.constexpr, MASK: tl.constexpr
+    mask_ptr, row, rows, offset, inside, mask_divisor, mask_period, S: tl.constexpr, MASK: tl.constexpr
 ):  # fmt: skip
     """A tile of the mask, False outside: of x's shape ("full"), or one value a row ("rows"), broadcast over the rows.
 
-    Row r of the latter is at (r // mask_divisor) % mask_period.
+    Row r of the latter is at (r // mask_divisor) % mask_period. Without a mask ("none") what is inside.
     """
     if MASK == "full":
         return tl.load(mask_ptr + offset, mask=inside, other=0) != 0
-    else:
-        tl.static_assert(MASK == "rows")
+    elif MASK == "rows":
         index = (row // mask_divisor) % mask_period
-        return along_rows(tl.load(mask_ptr + index, mask=in_rows, other=0) != 0, S)
+        return along_rows(tl.load(mask_ptr + index, mask=row < rows, other=0) != 0, S)
+    else:
+        tl.static_assert(MASK == "none")
+        return inside
 
 
 @triton.jit

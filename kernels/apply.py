@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from jbn.kernels._tiles import along_channels, along_rows, channels_of, load_map, offsets_of, program, rows_of
+from jbn.kernels._tiles import along_channels, channels_of, load, load_map, place, program
 from jbn.kernels.activations import activate
 
 
@@ -45,12 +45,10 @@ def jbn_apply(
     )
     steps = tl.cdiv(tl.cdiv(rows, ROWS) - split, splits).to(tl.int32)
     for step in range(steps):
-        row = rows_of(split + (steps - 1 - step) * splits, ROWS, WIDE)
-        offset = offsets_of(row, channel, C, S, WIDE)
-        inside = along_rows(row < rows, S) & along_channels(channel < C, S)
-        x = tl.load(x_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
+        row, offset, inside = place(split + (steps - 1 - step) * splits, channel, rows, C, S, ROWS, WIDE)
+        x = load(x_ptr + start, offset, inside)
         z = (x - along_channels(mean, S)) * along_channels(slope, S) + along_channels(bias, S)
         if HAS_RESIDUAL:
-            z += tl.load(residual_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
+            z += load(residual_ptr + start, offset, inside)
         y = activate(z, ACTIVATION)
         tl.store(y_ptr + start + offset, y.to(y_ptr.dtype.element_ty), mask=inside, eviction_policy="evict_first")

@@ -5,43 +5,50 @@ import triton.language as tl
 
 from jbn.kernels._tiles import (
     along_channels,
-    along_rows,
     arrived_last,
     channels_of,
     is_finite,
+    load,
     load_map,
     load_rstd,
     load_seen,
-    offsets_of,
+    place,
     program,
-    rows_of,
 )
 from jbn.kernels.activations import slope as slope_of
 
 
 @triton.jit
-def load_centred(x_ptr, offset, inside, mean, seen, MASKED: tl.constexpr):
-    """x − mean; 0 where a masked x is not finite."""
-    x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-    if MASKED:
-        return tl.where(seen | is_finite(x), x - mean, 0.0)
-    else:
-        return x - mean
-
-
-@triton.jit
-def through_activation(
-    dz, centred, slope, bias, residual_ptr, offset, inside, seen,
-    HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, MASKED: tl.constexpr,
+def load_cotangent(
+    tile, x_ptr, residual_ptr, mask_ptr, dy_ptr, mean, slope, bias, channel, rows, C, mask_divisor, mask_period,
+    S: tl.constexpr, ROWS: tl.constexpr, CENTRED: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """activation'(z) · dz, with z recomputed."""
-    z = centred * slope + bias
-    if HAS_RESIDUAL:
-        residual = tl.load(residual_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-        if MASKED:
-            residual = tl.where(seen | is_finite(residual), residual, 0.0)
-        z += residual
-    return dz * slope_of(z, ACTIVATION)
+    """(z̄, x − mean, offsets, what is inside, what the mask has) of a tile; pointers are at the batch.
+
+    What is masked and not finite reaches no derivative: x − mean and residual count as 0 there, and so does a ȳ that is
+    not finite where x is not, the 0 · NaN of a loss that masks y after squaring it. x is read where it is needed.
+    """
+    row, offset, inside = place(tile, channel, rows, C, S, ROWS, WIDE)
+    seen = load_seen(mask_ptr, row, rows, offset, inside, mask_divisor, mask_period, S, MASK)
+    dz = load(dy_ptr, offset, inside)
+    centred = dz
+    if CENTRED or ACTIVATION != "none":
+        x = load(x_ptr, offset, inside)
+        centred = x - along_channels(mean, S)
+        if MASK != "none":
+            there = seen | is_finite(x)
+            dz = tl.where(there | is_finite(dz), dz, 0.0)
+            centred = tl.where(there, centred, 0.0)
+    if ACTIVATION != "none":
+        z = centred * along_channels(slope, S) + along_channels(bias, S)
+        if HAS_RESIDUAL:
+            residual = load(residual_ptr, offset, inside)
+            if MASK != "none":
+                residual = tl.where(seen | is_finite(residual), residual, 0.0)
+            z += residual
+        dz *= slope_of(z, ACTIVATION)
+    return dz, centred, offset, inside, seen
 
 
 @triton.jit
@@ -98,19 +105,10 @@ def jbn_gradient_sums(
     product = tl.zeros_like(total)
     steps = tl.cdiv(tl.cdiv(rows, ROWS) - split, splits).to(tl.int32)
     for step in tl.range(steps, loop_unroll_factor=UNROLL):
-        row = rows_of(split + step * splits, ROWS, WIDE)
-        offset = offsets_of(row, channel, C, S, WIDE)
-        inside = along_rows(row < rows, S) & along_channels(channel < C, S)
-        seen = inside
-        if MASK != "none":
-            seen = load_seen(mask_ptr, row, row < rows, offset, inside, mask_divisor, mask_period, S, MASK)
-        dz = tl.load(dy_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
-        centred = load_centred(x_ptr + start, offset, inside, along_channels(mean, S), seen, MASK != "none")
-        if ACTIVATION != "none":
-            dz = through_activation(
-                dz, centred, along_channels(slope, S), along_channels(bias, S), residual_ptr + start, offset, inside,
-                seen, HAS_RESIDUAL, ACTIVATION, MASK != "none",
-            )  # fmt: skip
+        dz, centred, offset, inside, seen = load_cotangent(
+            split + step * splits, x_ptr + start, residual_ptr + start, mask_ptr, dy_ptr + start, mean, slope, bias,
+            channel, rows, C, mask_divisor, mask_period, S, ROWS, True, HAS_RESIDUAL, ACTIVATION, MASK, WIDE,
+        )  # fmt: skip
         if KEEP:
             kept = dz.to(dz_ptr.dtype.element_ty)
             tl.store(dz_ptr + start + offset, kept, mask=inside)
@@ -208,20 +206,11 @@ def jbn_gradient_input(
         slope_pull = tl.load(product_ptr + at, mask=channel < C, other=0.0) * weight * rstd
     steps = tl.cdiv(tl.cdiv(rows, ROWS) - split, splits).to(tl.int32)
     for step in range(steps):
-        row = rows_of(split + (steps - 1 - step) * splits, ROWS, WIDE)
-        offset = offsets_of(row, channel, C, S, WIDE)
-        inside = along_rows(row < rows, S) & along_channels(channel < C, S)
-        seen = inside
-        if MASK != "none":
-            seen = load_seen(mask_ptr, row, row < rows, offset, inside, mask_divisor, mask_period, S, MASK)
-        dx = tl.load(dy_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
-        if CENTRED or ACTIVATION != "none":
-            centred = load_centred(x_ptr + start, offset, inside, along_channels(mean, S), seen, MASK != "none")
-        if ACTIVATION != "none":
-            dx = through_activation(
-                dx, centred, along_channels(slope, S), along_channels(bias, S), residual_ptr + start, offset, inside,
-                seen, HAS_RESIDUAL, ACTIVATION, MASK != "none",
-            )  # fmt: skip
+        dx, centred, offset, inside, seen = load_cotangent(
+            split + (steps - 1 - step) * splits, x_ptr + start, residual_ptr + start, mask_ptr, dy_ptr + start,
+            mean, slope, bias, channel, rows, C, mask_divisor, mask_period,
+            S, ROWS, CENTRED, HAS_RESIDUAL, ACTIVATION, MASK, WIDE,
+        )  # fmt: skip
         if KEEP:
             tl.store(dz_ptr + start + offset, dx.to(dz_ptr.dtype.element_ty), mask=inside)
         if CENTRED:

@@ -8,16 +8,7 @@ last program to arrive at a block of channels merges what all of them wrote. A c
 import triton
 import triton.language as tl
 
-from jbn.kernels._tiles import (
-    along_channels,
-    along_rows,
-    arrived_last,
-    channels_of,
-    load_seen,
-    offsets_of,
-    program,
-    rows_of,
-)
+from jbn.kernels._tiles import along_rows, arrived_last, channels_of, load, load_seen, place, program, rows_of
 
 
 @triton.jit
@@ -130,12 +121,10 @@ def jbn_moments(
     tiles = tl.cdiv(rows, ROWS)
     steps = tl.cdiv(tiles - split, splits).to(tl.int32)
     for step in tl.range(steps, loop_unroll_factor=UNROLL):
-        row = rows_of(split + step * splits, ROWS, WIDE)
-        offset = offsets_of(row, channel, C, S, WIDE)
-        inside = along_rows(row < rows, S) & along_channels(channel < C, S)
-        x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+        row, offset, inside = place(split + step * splits, channel, rows, C, S, ROWS, WIDE)
+        x = load(x_ptr, offset, inside)
         if MASK != "none":
-            seen = load_seen(mask_ptr, row, row < rows, offset, inside, mask_divisor, mask_period, S, MASK)
+            seen = load_seen(mask_ptr, row, rows, offset, inside, mask_divisor, mask_period, S, MASK)
             x = tl.where(seen, x, mean)
             count += seen.to(tl.float32)
             # exactly 1 at a lane's first value, whatever it is
