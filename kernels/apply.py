@@ -45,7 +45,7 @@ def jbn_apply(
     )
     steps = tl.cdiv(tl.cdiv(rows, ROWS) - split, splits).to(tl.int32)
     for step in range(steps):
-        row, offset, inside = place(split + (steps - 1 - step) * splits, channel, rows, C, S, ROWS, WIDE)
+        _row, offset, inside = place(split + (steps - 1 - step) * splits, channel, rows, C, S, ROWS, WIDE)
         x = load(x_ptr + start, offset, inside)
         z = (x - along_channels(mean, S)) * along_channels(slope, S) + along_channels(bias, S)
         if HAS_RESIDUAL:

@@ -105,7 +105,7 @@ def jbn_gradient_sums(
     product = tl.zeros_like(total)
     steps = tl.cdiv(tl.cdiv(rows, ROWS) - split, splits).to(tl.int32)
     for step in tl.range(steps, loop_unroll_factor=UNROLL):
-        dz, centred, offset, inside, seen = load_cotangent(
+        dz, centred, offset, inside, _seen = load_cotangent(
             split + step * splits, x_ptr + start, residual_ptr + start, mask_ptr, dy_ptr + start, mean, slope, bias,
             channel, rows, C, mask_divisor, mask_period, S, ROWS, True, HAS_RESIDUAL, ACTIVATION, MASK, WIDE,
         )  # fmt: skip

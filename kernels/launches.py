@@ -76,7 +76,7 @@ def apply(problem: Problem, dtype: str, processors: int, tiling: Tiling | None =
     """Arrays: x, mean, spread, epsilon, scale, bias, residual. Output: y, of `dtype`."""
     view = problem.view
     resident = 3
-    tiling = tiling or _tiling(problem, processors, 4096, resident)
+    tiling = tiling or _tiling(problem._replace(mask=None), processors, 4096, resident)
     numbers = (float(problem.count), *_numbers(view, tiling))
     constants = _constants(view, tiling) | dict(
         HAS_SCALE=problem.scale,
@@ -129,7 +129,8 @@ def gradient_input(
 
 
 def _tiling(problem: Problem, processors: int, elements: int, resident: int) -> Tiling:
-    return choose(problem.view, ITEMSIZE[problem.dtype], processors, elements, resident)
+    rows = problem.mask is not None and problem.mask.kind == "rows"
+    return choose(problem.view, ITEMSIZE[problem.dtype], processors, elements, resident, rows)
 
 
 def _numbers(view: View, tiling: Tiling) -> tuple[int, ...]:

@@ -42,8 +42,12 @@ class Tiling(NamedTuple):
         return view.batch * self.splits * self.blocks(view)
 
 
-def choose(view: View, itemsize: int, processors: int, elements: int, resident: int) -> Tiling:
+def choose(
+    view: View, itemsize: int, processors: int, elements: int, resident: int, mask_of_rows: bool = False
+) -> Tiling:
     """The tiling for x of `itemsize` bytes an element, with tiles of that many elements.
+
+    Each block of channels reads a mask of rows again, so blocks that would be narrow are wider with one.
 
     The device has `processors` multiprocessors, each of which holds `resident` programs at once: no program waits for
     another to end.
@@ -59,6 +63,8 @@ def choose(view: View, itemsize: int, processors: int, elements: int, resident: 
         used = view.channels / (_ceil(view.channels, wide) * wide)
         # the last program to arrive reads splits × CHANNELS partial results: narrow tiles where few share them
         width = wide if full and used > 0.8 and view.channels >= 4 * wide else narrow
+    elif mask_of_rows:
+        width = 16
     else:
         width = 4 if view.inner >= 256 else 8
     width = min(width, _power_of_2(view.channels))

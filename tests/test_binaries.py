@@ -3,6 +3,8 @@
 import base64
 import re
 import zlib
+from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,11 +13,14 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
+from experiments import models
 from jbn.kernels import launches
 from jbn.kernels.binaries import compile_launch
 from jbn.kernels.launches import Mask, Problem
 from jbn.kernels.tiling import View
+from jbn.linen import BatchNorm
 
 PROCESSORS = 132
 VIEWS = {
@@ -87,9 +92,17 @@ def check(layout, dtype, name, launch, binary):
 
 @pytest.mark.parametrize("layout", VIEWS)
 def test_hopper(layout):
-    dtypes = ("bfloat16",) if layout == "unaligned" else ("bfloat16", "float32")
-    for row in rows(("sm_90",), {layout: VIEWS[layout]}, dtypes):
+    for row in rows(("sm_90",), {layout: VIEWS[layout]}):
         check(*row)
+
+
+@pytest.mark.parametrize("view", [View(1, 2**22, 1024, 1), View(1, 2**10, 1024, 2**12)], ids=["last", "first"])
+def test_beyond_32_bits(view):
+    """x of 2³² elements: offsets have 64 bits, and what is checked above holds."""
+    for name, (launch, arrays) in representative(view, "bfloat16").items():
+        if name in ("moments", "apply", "sums, relu", "input, relu"):
+            assert launch.constants["WIDE"]
+            check("wide", "bfloat16", name, launch, compile_launch(launch, arrays, "sm_90"))
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
@@ -149,3 +162,38 @@ def test_lowering(shape, channel):
     text, kernels = lowered(infer, x, vector, vector, epsilon, vector, vector)
     assert kernels == ["jbn_apply"]
     assert set(re.findall(r"stablehlo\.(\w+)", text)) == {"custom_call", "reshape"}
+
+
+class Network(nn.Module):
+    """A ResNet's stem and two blocks, one with a projected shortcut: eight batch norms."""
+
+    @nn.compact
+    def __call__(self, x):
+        norm = partial(BatchNorm, use_running_average=False, dtype=jnp.bfloat16, implementation="triton")
+        x = norm(activation="relu")(nn.Conv(64, (3, 3), use_bias=False, dtype=jnp.bfloat16)(x))
+        for stride in (2, 1):
+            x = models.Bottleneck(64, stride, norm, jnp.bfloat16, fused=True)(x)
+        return nn.Dense(10, dtype=jnp.bfloat16)(x[:, 0, 0])  # a mean would be in float32
+
+
+def test_resnet_step():
+    """A training step lowers to two launches forward and two backward a norm, on x as the convolutions left it."""
+    pytest.importorskip("jax_triton", reason="jax-triton is not installed", exc_type=ImportError)
+    images = jnp.zeros((8, 16, 16, 3), jnp.bfloat16)
+    variables = jax.eval_shape(Network().init, jax.random.key(0), images)
+
+    def step(variables, images):
+        def loss(params):
+            logits, updates = Network().apply({**variables, "params": params}, images, mutable=["batch_stats"])
+            return (logits.astype(jnp.float32) ** 2).mean(), updates
+
+        (value, updates), gradient = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+        return jax.tree.map(lambda p, g: p - g, variables["params"], gradient), updates, value
+
+    text, kernels = lowered(step, variables, images)
+    assert Counter(kernels) == dict.fromkeys(("jbn_moments", "jbn_apply", "jbn_gradient_sums", "jbn_gradient_input"), 8)
+    large = re.findall(r"stablehlo\.(\w+).*-> tensor<8x\d+x\d+x\d+x(bf16|f32)>", text)
+    # activations are in bfloat16 throughout, and nothing but reshapes stands between convolutions and kernels
+    assert {kind for _, kind in large} == {"bf16"}
+    between = {"convolution", "reshape", "add"}  # the sum is of a block's two cotangents
+    assert {operation for operation, _ in large} <= between | {"slice", "pad", "broadcast_in_dim"}
