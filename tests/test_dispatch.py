@@ -5,10 +5,13 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jbn
-from jbn import _dispatch
+from jbn import _dispatch, _pieces
 from jbn._collectives import Sync
 from jbn._device import Device
 from jbn._plan import Plan
@@ -203,3 +206,29 @@ def test_float64_has_no_kernel():
 def test_other_platforms_raise(platform):
     with pytest.raises(NotImplementedError, match=rf"needs a CUDA GPU, and this is compiled for {platform}: use"):
         kernels(train("triton"), PARAMS, X, X, platform=platform)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_kept_cotangent_over_devices(devices, kind, monkeypatch):
+    """The backward of a fused residual where kernels may run: the same sharded as alone, in one all-reduce."""
+    monkeypatch.setattr(_pieces, "may_use_kernels", lambda *_: True)
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind,) * 2, devices=devices)
+    params, state = jbn.bn_init(6)
+    x, residual, dy = (jax.random.normal(jax.random.key(i), (8, 4, 6)) for i in range(3))
+
+    @jax.jit
+    def run(params, x, residual, dy):
+        def f(params, x, residual):
+            return jbn.bn_train(params, state, x, residual=residual, activation="silu")
+
+        _, vjp, _ = jax.vjp(f, params, x, residual, has_aux=True)
+        return vjp(dy)
+
+    alone = run(params, x, residual, dy)
+    with jax.set_mesh(mesh):
+        split = [jax.device_put(v, NamedSharding(mesh, P("a", "b"))) for v in (x, residual, dy)]
+        found = run(params, *split)
+        text = run.lower(params, *split).compile().as_text()
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert len(re.findall(r" all-reduce(?:-start)?\(", text)) == 1
