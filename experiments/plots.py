@@ -90,6 +90,36 @@ def name(axes: Any, x: float, y: float, text: str, color: str, **where: Any) -> 
     axes.annotate(text, (x, y), textcoords="offset points", color=color, weight="bold", annotation_clip=False, **where)
 
 
+def names(axes: Any, x: float, curves: dict[str, tuple[float, str]], gap: float = 11, **where: Any) -> None:
+    """`name` for several curves (text → height, colour) that end at `x`; where they would collide, `gap` points apart.
+
+    To be called when the panel's limits are set.
+    """
+    axes.figure.draw_without_rendering()  # for the layout
+    order = sorted(curves, key=lambda text: curves[text][0])
+    heights = [axes.transData.transform((x, curves[text][0]))[1] * 72 / axes.figure.dpi for text in order]
+    placed = apart(heights, gap)
+    aside = -4 if where.get("ha") == "right" else 4
+    for text, height, place in zip(order, heights, placed, strict=True):
+        name(axes, x, *curves[text][:1], text, curves[text][1], xytext=(aside, place - height), **where)
+
+
+def apart(heights: list[float], gap: float) -> list[float]:
+    """Ascending heights moved, as little as groups of them must be, until neighbours are `gap` apart."""
+    groups: list[list[float]] = []
+    for height in heights:
+        groups.append([height])
+        while len(groups) > 1 and ends(groups[-1], gap)[0] - ends(groups[-2], gap)[1] < gap:
+            groups[-2:] = [groups[-2] + groups[-1]]
+    return [float(place) for group in groups for place in np.linspace(*ends(group, gap), len(group))]
+
+
+def ends(group: list[float], gap: float) -> tuple[float, float]:
+    """Lowest and highest place of a group that keeps its mean, its members `gap` apart."""
+    middle, half = float(np.mean(group)), gap * (len(group) - 1) / 2
+    return middle - half, middle + half
+
+
 def key(axes: Any, colors: dict[str, str], x: float = 0.03, y: float = 0.97, **where: Any) -> None:
     """Writes each text in its curve's colour, one under another from (x, y), fractions of the panel.
 

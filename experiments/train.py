@@ -115,19 +115,19 @@ def seeds(configuration: dict[str, Any]) -> Array:
     return jax.random.split(jax.random.key(configuration["seed"]), configuration["seeds"])
 
 
-def at_best(run: Callable[..., Any], configuration: dict[str, Any], settings: Any, *data: Any) -> dict[str, Any]:
-    """What `run(key, setting, *data)`, a dict, has on the measured seeds at the setting that other seeds choose.
+def at_best(every: Callable[..., Any], configuration: dict[str, Any], settings: Any, *data: Any) -> dict[str, Any]:
+    """What `every(keys, settings, *data)`, a dict, has on the measured seeds at the setting that other seeds choose.
 
-    `run` is jitted and batched. Every one of `settings` (learning rates, or rows of several numbers) is tried on the
-    first `choosing_seeds`; the other seeds are measured at that of the lowest mean "error". The result has the
-    measured seeds first, and the "setting".
+    `every` is a run, jitted and batched over pairs of a key and a setting: a learning rate, or a row of several
+    numbers. Each of `settings` is tried on the first `choosing_seeds`; the other seeds are measured at that of the
+    lowest mean "error". The result has the measured seeds first, the "setting", and its "error_of_choice".
     """
     keys, tried, choosing = seeds(configuration), np.array(settings, np.float32), configuration["choosing_seeds"]
-    every = jax.jit(jax.vmap(run, (0, 0, *(None for _ in data))))
-    errors = wait(every(jnp.repeat(keys[:choosing], len(tried)), np.concatenate([tried] * choosing), *data))["error"]
-    best = tried[np.reshape(errors, (choosing, -1)).mean(0).argmin()]
-    measured = keys[choosing:]
-    return {"setting": best, **wait(every(measured, np.stack([best] * len(measured)), *data))}
+    found = wait(every(jnp.repeat(keys[:choosing], len(tried)), np.concatenate([tried] * choosing), *data))
+    errors = np.reshape(found["error"], (choosing, -1)).mean(0)
+    best, measured = tried[errors.argmin()], keys[choosing:]
+    chosen = {"setting": best, "error_of_choice": errors.min()}
+    return {**chosen, **wait(every(measured, np.stack([best] * len(measured)), *data))}
 
 
 def wait(tree: Any) -> Any:

@@ -185,7 +185,7 @@ def measure(configuration: dict[str, Any], part: dict[str, Any]) -> dict[str, An
     settings = [(rate, scale) for rate in configuration["learning_rates"] for scale in configuration["first_scales"]]
     source = load_vowels()
     every = jax.tree.map(lambda *halves: np.concatenate(halves), source[:2], source[2:])
-    return at_best(run, configuration, settings, every)
+    return at_best(jax.jit(jax.vmap(run, (0, 0, None))), configuration, settings, every)
 
 
 def drawn(key: Array, train_on: int, x: Any, y: Array) -> Split:
