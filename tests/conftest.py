@@ -18,7 +18,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if os.environ.get("JBN_TEST_GPU") and item.path.stem == "test_kernels":
             item.add_marker(pytest.mark.gpu)
-        elif item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
+        if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
             item.add_marker(pytest.mark.skip(reason="needs a GPU, and JBN_TEST_GPU=1"))
 
 
