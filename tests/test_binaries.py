@@ -15,59 +15,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from experiments import models
-from jbn.kernels import launches
+from experiments import binaries, models
+from experiments.binaries import REGISTERS, VIEWS, compiled, representative
+from experiments.record import Options, Results
 from jbn.kernels.binaries import compile_launch
-from jbn.kernels.launches import Mask, Problem
 from jbn.kernels.tiling import View
 from jbn.linen import BatchNorm
-
-PROCESSORS = 132
-VIEWS = {
-    "last": View(1, 32 * 56 * 56, 256, 1),
-    "first": View(1, 32, 64, 56 * 56),
-    "unaligned": View(1, 32, 512, 7 * 7),
-}
-REGISTERS = 65536  # of a multiprocessor
-# What a launch reads, (dtype of x and the like, then vectors); see the functions of `launches`.
-VECTORS = ("float32",) * 5
-
-
-def representative(view, dtype) -> dict:
-    """Launches, with their input dtypes."""
-    plain = Problem(view, dtype, view.rows)
-    fused = plain._replace(residual=True, activation="silu")
-    full = Mask("full")
-    sums = (dtype, *VECTORS, dtype, "bool", dtype)
-    moved = (dtype, *VECTORS, "float32", dtype, "bool", dtype, "float32", "float32")
-    return {
-        "moments": (launches.moments(plain, PROCESSORS), (dtype, "bool")),
-        "moments, full mask": (launches.moments(plain._replace(mask=full), PROCESSORS), (dtype, "bool")),
-        "moments, mask of rows": (
-            launches.moments(plain._replace(mask=Mask("rows", period=view.rows)), PROCESSORS),
-            (dtype, "bool"),
-        ),
-        "apply": (launches.apply(plain, dtype, PROCESSORS), (dtype, *VECTORS, dtype)),
-        "apply, residual, silu": (launches.apply(fused, dtype, PROCESSORS), (dtype, *VECTORS, dtype)),
-        "sums": (launches.gradient_sums(plain, None, PROCESSORS), sums),
-        "sums, relu": (launches.gradient_sums(plain._replace(activation="relu"), None, PROCESSORS), sums),
-        "sums, residual, silu": (launches.gradient_sums(fused, dtype, PROCESSORS), sums),
-        "input": (launches.gradient_input(plain, dtype, None, PROCESSORS), moved),
-        "input, relu": (launches.gradient_input(plain._replace(activation="relu"), dtype, None, PROCESSORS), moved),
-        "input, mask, residual, silu": (
-            launches.gradient_input(fused._replace(mask=full, weight=True), dtype, dtype, PROCESSORS),
-            moved,
-        ),
-    }
-
-
-def rows(targets=("sm_80", "sm_90", "sm_100", "gfx942"), views=VIEWS, dtypes=("bfloat16", "float32")):
-    """Every representative launch compiled for every target: (layout, dtype, name, launch, binary), one at a time."""
-    for layout, view in views.items():
-        for dtype in dtypes:
-            for name, (launch, arrays) in representative(view, dtype).items():
-                for target in targets:
-                    yield layout, dtype, name, launch, compile_launch(launch, arrays, target)
 
 
 def check(layout, dtype, name, launch, binary):
@@ -92,7 +45,7 @@ def check(layout, dtype, name, launch, binary):
 
 @pytest.mark.parametrize("layout", VIEWS)
 def test_hopper(layout):
-    for row in rows(("sm_90",), {layout: VIEWS[layout]}):
+    for row in compiled(("sm_90",), (layout,)):
         check(*row)
 
 
@@ -107,8 +60,21 @@ def test_beyond_32_bits(view):
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
 def test_other_targets(target):
-    for row in rows((target,), {"last": VIEWS["last"]}, ("bfloat16",)):
+    for row in compiled((target,), ("last",), ("bfloat16",)):
         check(*row)
+
+
+def test_the_command_shows_every_binary(tmp_path):
+    results = Results("binaries")
+    binaries.run(Options(quick=True), results)
+    assert results.summary == {
+        "binaries": 11,
+        "spilling": 0,
+        "registers_most": max(r["registers"] for r in results.rows),
+    }
+    assert binaries.table(results).row_count == 11
+    assert binaries.widths((16, 4, 16)) == "16×2 4×1"
+    results.save(tmp_path, binaries.figure)
 
 
 def lowered(function, *arguments) -> tuple[str, list[str]]:

@@ -88,7 +88,7 @@ def test_no_cycles():
             | {f"jbn._{what}_{kind}" for what in ("recalibrate", "fold") for kind in ("linen", "nnx")},
         ),
         ("jax_triton", {"jbn._triton"}),
-        ("jbn.kernels", {"jbn._triton", "jbn.kernels"}),
+        ("jbn.kernels", {"jbn._triton", "jbn.kernels", "experiments.binaries"}),
         ("triton", {"jbn._triton", "jbn.kernels"}),
         ("jax._src", {"jbn._op", "jbn._primitive"}),
         ("optax", {"experiments"}),
