@@ -43,13 +43,13 @@ COOIJMANS = "Cooijmans et al. 2016, section 5.4"
 CLAIMS = {
     "per step": Claim(
         says="Batch norm with statistics of each time step errs more than layer norm.",
-        source="Ba et al. 2016, section 6.2 and figure 2, against recurrent batch norm",
+        source="Ba et al. 2016, abstract and related work (against recurrent batch norm)",
         effect="test error of batch norm per step, without padding, less that of layer norm",
         **WORSE,
     ),
     "sequencewise": Claim(
         says="Batch norm errs more than layer norm even where it norms the input alone, over all steps.",
-        source="Ba et al. 2016, sections 1 and 2; Laurent et al. 2016 (no better generalization from such batch norm)",
+        source="abstracts of Ba et al. 2016 and of Laurent et al. 2016 (such batch norm does not improve generalization)",
         effect="test error of sequencewise batch norm, without padding, less that of layer norm",
         **WORSE,
     ),
