@@ -114,7 +114,7 @@ def configuration(quick: bool) -> dict[str, Any]:
     steps = 50 if quick else 1000
     return {
         "seeds": 3 if quick else 30,
-        "choosing_seeds": 1 if quick else 4,
+        "choosing_seeds": 1 if quick else 10,
         "learning_rates": (1e-6, 0.1) if quick else tuple(float(f"{10**e:.2g}") for e in np.arange(-6, 0.1, 0.5)),
         "features": (8,) if quick else (32, 32),
         "methods": ("standardize", "batch norm", "natural units") if quick else tuple(COLORS),

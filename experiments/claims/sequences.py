@@ -49,7 +49,7 @@ CLAIMS = {
     ),
     "sequencewise": Claim(
         says="Batch norm errs more than layer norm even where it norms the input alone, over all steps.",
-        source="abstracts of Ba et al. 2016 and of Laurent et al. 2016 (such batch norm does not improve generalization)",
+        source="abstracts of Ba et al. 2016 and Laurent et al. 2016 (such batch norm does not improve generalization)",
         effect="test error of sequencewise batch norm, without padding, less that of layer norm",
         **WORSE,
     ),
