@@ -11,10 +11,13 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
-from jbn import _check, _dispatch, _merge
+from jbn import _check, _dispatch, _sent
+from jbn._collectives import Sync
 from jbn._device import GPUS, default_platform, gpu
 from jbn._partition import full, ways
 from jbn._plan import Plan, compute_dtype
+from jbn._sent import Collective
+from jbn._virtual import check_virtual
 from jbn.functional import Activation, BNParams, BNState, Implementation, bn_eval, bn_train
 
 PASSES = ("forward", "backward", "inference")
@@ -29,14 +32,6 @@ class KernelLaunch(NamedTuple):
     threads: int  # of a program
     loaded: int  # bytes
     stored: int  # bytes
-
-
-class Collective(NamedTuple):
-    """What devices send each other."""
-
-    kind: str  # "all-gather", "all-reduce"; with a vmapped axis, its arithmetic
-    size: int  # bytes of its result on each device
-    what: str
 
 
 class Explanation(NamedTuple):
@@ -65,7 +60,8 @@ class Explanation(NamedTuple):
                 f"channels, {_size(k.loaded)} loaded, {_size(k.stored)} stored"
                 for k in launches
             ]
-            lines += [f"  {c.kind} of {_size(c.size)}: {c.what}" for c in self.collectives.get(name, ())]
+            sent = self.collectives.get(name, ())
+            lines += [f"  {c.kind}{f' of {_size(c.size)}' if c.size else ''}: {c.what}" for c in sent]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
@@ -81,6 +77,7 @@ def explain(
     use_bias: bool = True,
     virtual_batch_size: int | None = None,
     axis_name: str | Sequence[str] | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
     axis_size: int | None = None,
     implementation: Implementation | None = None,
     platform: str | None = None,
@@ -92,7 +89,7 @@ def explain(
         explained for one device's part of it.
       mask, residual: arrays, `jax.ShapeDtypeStruct`s or None. Other options are those of `bn_train`.
       use_scale, use_bias: whether the parameters have them.
-      axis_size: members of `axis_name` in all; None for the number of devices.
+      axis_size: members of `axis_name` in all, ≥ 1; None for the number of devices.
       platform: "cpu", "cuda", "rocm" or "tpu"; None for this host's. For a GPU that is not here it is a forecast, for
         the device that the answer names.
 
@@ -109,22 +106,35 @@ def explain(
     jax.eval_shape(_check.check_input, whole)
     channel = _check.check_axis(axis, whole)
     parts, gathered = _division(whole)
-    members = math.prod(n for a, n in enumerate(parts) if a != channel)
     given = {"x": whole, "mask": mask, "residual": residual}
     x, mask, residual = (None if v is None else _part(_abstract(n, v), whole, parts) for n, v in given.items())
-    if axis_name is not None:
-        members *= axis_size or jax.device_count()
+    several = isinstance(axis_name, Sequence) and not isinstance(axis_name, str)
+    names: tuple[Any, ...] = () if axis_name is None else tuple(axis_name) if several else (axis_name,)
+    virtual, shared = None, False  # virtual batches, by several devices or members
+    if not names:
+        virtual = check_virtual(virtual_batch_size, whole, channel, Sync())
+        virtual_batch_size = None
+        if virtual:
+            # for the kernels, as much of a virtual batch as a device holds
+            virtual_batch_size = math.gcd(virtual.size, x.shape[virtual.examples])
+            split = [n for a, n in enumerate(parts) if a not in (channel, virtual.examples)]
+            shared = virtual_batch_size != virtual.size or math.prod(split) > 1
 
     vector: Any = jax.ShapeDtypeStruct((x.shape[channel],), compute_dtype(x.dtype))
     params = BNParams(vector if use_scale else None, vector if use_bias else None)
     state = BNState(vector, vector)
     options: dict[str, Any] = dict(axis=axis, activation=activation, dtype=dtype, implementation=implementation)
+    training: dict[str, Any] = dict(
+        virtual_batch_size=virtual_batch_size, axis_name=axis_name, axis_index_groups=axis_index_groups
+    )
+    sharing = []
 
     def train(params, state, x, mask, residual):
+        sync = _check.check_names(axis_name, axis_index_groups)
+        sharing.append((sync, check_virtual(virtual_batch_size, x, channel, sync)))
+
         def f(params, x, residual):
-            return bn_train(
-                params, state, x, mask=mask, residual=residual, virtual_batch_size=virtual_batch_size, **options
-            )
+            return bn_train(params, state, x, mask=mask, residual=residual, **options, **training)
 
         y, backward, _ = jax.vjp(f, params, x, residual, has_aux=True)
         return y, backward(y)
@@ -132,7 +142,8 @@ def explain(
     def infer(params, state, x, residual):
         return bn_eval(params, state, x, residual=residual, **options)
 
-    trained = list(_pieces(jax.make_jaxpr(train)(params, state, x, mask, residual).jaxpr))
+    traced = jax.make_jaxpr(train, axis_env=_axes(names, axis_size))(params, state, x, mask, residual)
+    trained = list(_pieces(traced.jaxpr))
     pieces = {
         "forward": [p for p in trained if not p.name.startswith("gradient")],
         "backward": [p for p in trained if p.name.startswith("gradient")],
@@ -142,6 +153,18 @@ def explain(
     notes += [f"axis {a} of x, {whole.shape[a]} long, is not divided evenly: it is gathered" for a in gathered]
     if platform in GPUS and not gpu(platform).here:
         notes.append(f"no such GPU is here: a forecast for one of {gpu(platform).processors} multiprocessors")
+    one, masked = _bytes(vector), mask is not None
+    if names:
+        ((sync, virtual),) = sharing
+        sent = _sent.by_name(sync, virtual, one, masked)
+        shared = virtual is not None and virtual.members > 1
+        if math.prod(parts) > 1:
+            notes.append("what devices send for a sharded x besides axis_name is not told")
+    else:
+        members = math.prod(n for a, n in enumerate(parts) if a != channel)
+        sent = _sent.by_jit(members, virtual is not None, shared, one, masked)
+    if shared:
+        notes.append(f"virtual batches are shared, by devices or members that hold parts of shape {x.shape}")
     return Explanation(
         chosen,
         reason,
@@ -150,7 +173,7 @@ def explain(
         x.shape,
         {name: _launches(found, platform) for name, found in pieces.items()} if chosen == "triton" else {},
         {name: sum(map(_floor, found)) for name, found in pieces.items()},
-        _collectives(members, vector, mask is not None, virtual_batch_size is not None, axis_name is not None),
+        sent,
         tuple(notes),
     )
 
@@ -168,6 +191,8 @@ def _pieces(jaxpr) -> Iterator[_Piece]:
     """The pieces in a traced program, in order."""
     for equation in jaxpr.eqns:
         name = equation.primitive.name.removeprefix("jbn_")
+        if name == "merge":
+            continue  # of vectors
         if name != equation.primitive.name:
             operands = jax.tree.unflatten(equation.params["tree"], [v.aval for v in equation.invars])
             yield _Piece(name, equation.params["plan"], operands, [v.aval for v in equation.outvars])
@@ -226,28 +251,11 @@ def _floor(piece: _Piece) -> int:
     return sum(map(_bytes, tensors))
 
 
-def _collectives(members: int, vector, masked: bool, virtual: bool, named: bool) -> dict[str, tuple[Collective, ...]]:
-    """What `members` devices that share channels send each other; `vector` is over the channels."""
-    if members == 1:
-        return {}
-    one = _bytes(vector)
-    if virtual and not named:  # whole ones on each device: only the running statistics are shared
-        forward = (
-            Collective("all-reduce", one, "largest mean"),
-            Collective("all-reduce", (2 if masked else 1) * one, "counts and means" if masked else "means"),
-            Collective("all-reduce", one, "squared deviations from the common mean"),
-        )
-        return {"forward": forward, "backward": ()}
-    sent = (3 if masked or virtual else 2) * one
-    if members * sent <= _merge.GATHER_LIMIT:
-        forward = (Collective("all-gather", members * sent, f"moments of {members} parts"),)
-    else:
-        forward = (
-            Collective("all-reduce", sent - one, "counts and means" if masked or virtual else "means"),
-            Collective("all-reduce", one, "squared deviations from the common mean"),
-        )
-    backward = () if virtual else (Collective("all-reduce", 2 * one, "sums of z̄ and z̄ · x̂"),)
-    return {"forward": forward, "backward": backward}
+def _axes(names: tuple[str, ...], size: int | None) -> list[tuple[str, int]]:
+    """The named axes with sizes; how `size` is spread over several does not matter."""
+    if not names:
+        return []
+    return [(names[0], jax.device_count() if size is None else size), *((name, 1) for name in names[1:])]
 
 
 def _division(x) -> tuple[list[int], list[int]]:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from test_communication import collectives
 
 import jbn
 
@@ -108,6 +109,47 @@ def test_collectives_of_named_axes():
     assert [(c.kind, c.size) for c in told.collectives["forward"]] == [("all-gather", 16 * 2 * 64 * 4)]
     told = jbn.explain(X, axis_name="data", axis_size=10_000)
     assert [(c.kind, c.size) for c in told.collectives["forward"]] == [("all-reduce", 256), ("all-reduce", 256)]
+
+
+def sent(told):
+    return {name: [(c.kind, c.size) for c in found] for name, found in told.collectives.items()}
+
+
+def test_virtual_batches_over_devices(devices):
+    """Legal for the whole batch, whatever a device's part of it is."""
+    split = NamedSharding(jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,), devices=devices[:4]), P("d"))
+    x = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=split)
+    told = jbn.explain(x, virtual_batch_size=4)
+    own = [("XLA’s own", None)]
+    assert sent(told) == {"forward": own, "backward": own}
+    assert "virtual batches are shared" in told.notes[0]
+    assert "  XLA’s own: virtual batches that devices share" in str(told)
+    assert sent(jbn.explain(x, virtual_batch_size=2)) == {"forward": [("all-reduce", 64)] * 3, "backward": []}
+    assert jbn.explain(x, virtual_batch_size=8) == jbn.explain(x)  # the whole
+    with pytest.raises(ValueError, match="virtual_batch_size is 3, which does not divide the 8 examples of x"):
+        jbn.explain(x, virtual_batch_size=3)
+    images = jax.ShapeDtypeStruct((16, 8, 16), jnp.float32, sharding=split.update(spec=P(None, "d")))
+    assert sent(jbn.explain(images, virtual_batch_size=4)) == {"forward": own, "backward": own}
+
+
+@pytest.mark.parametrize("k, shared", [(2, False), (4, False), (8, True), (16, True)])
+def test_virtual_batches_over_a_named_axis(devices, k, shared):
+    """Of its own, or shared by two, or by all: what is sent is what is compiled."""
+    x = jax.ShapeDtypeStruct((4, 16), jnp.float32)
+    told = jbn.explain(x, axis_name="d", axis_size=4, virtual_batch_size=k)
+    assert any("virtual batches are shared" in note for note in told.notes) == shared
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,), devices=devices[:4])
+    params, state = jbn.bn_init(16)
+
+    def step(x):
+        y, pull, new = jax.vjp(
+            lambda x: jbn.bn_train(params, state, x, axis_name="d", virtual_batch_size=k), x, has_aux=True
+        )
+        return y, new, pull(y)
+
+    f = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=P("d"), out_specs=(P("d"), P(), P("d"))))
+    compiled = collectives(f.lower(jnp.ones((16, 16))).compile())
+    assert sorted(c for found in sent(told).values() for c in found) == sorted(compiled)
 
 
 def test_bad_arguments():
