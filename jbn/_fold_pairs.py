@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import ClosedJaxpr, Jaxpr, Var, jaxprs_in_params
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var, jaxprs_in_params
 
 TAG = "jbn_fold"
 MARK = re.compile(rf"{TAG}_(\d+)_(in|out)")
@@ -157,12 +157,23 @@ def _read_elsewhere(jaxpr: Jaxpr, owners: dict[Var, str | None], calls: list[Cal
         scope = SCOPE.search(str(eqn.source_info.name_stack))
         reader = calls[int(scope[1])].module if scope else None
         strange = [owner for owner in read if owner and owner != reader]
-        inner = list(jaxprs_in_params(eqn.params))
-        if strange and inner and all(len(j.invars) <= len(read) for j in inner):
-            for one in inner:  # a condition's branches lack its index
-                given = read[len(read) - len(one.invars) :]
+        inner = [(one, _given(eqn, one, read)) for one in jaxprs_in_params(eqn.params)]
+        if strange and inner and all(len(one.invars) == len(given) for one, given in inner):
+            for one, given in inner:
                 yield from _read_elsewhere(one, dict(zip(one.invars, given, strict=True)), calls)
         else:
             yield from strange
             if strange and reader:
                 yield reader
+
+
+def _given(eqn: JaxprEqn, inner: Jaxpr, read: list) -> list:
+    """What of an equation's arguments a jaxpr inside it takes."""
+    if eqn.primitive.name == "cond":  # its branches lack the index
+        return read[1:]
+    if eqn.primitive.name != "while":
+        return read
+    test, body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    if inner is eqn.params["cond_jaxpr"].jaxpr:
+        return [*read[:test], *read[test + body :]]
+    return read[test:]
