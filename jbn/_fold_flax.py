@@ -47,6 +47,9 @@ def layer_call(module: str, layer: Any, kernel: Any, window: tuple[int, ...] | N
             pads = False  # "SAME" and "CAUSAL" pad by the window
         if pads:
             behind = f"with padding={padding!r} it sees zeros around, which the batch norm before it did not make"
+        elif np.any(np.asarray(layer.input_dilation or 1) != 1):
+            dilation = f"input_dilation={layer.input_dilation!r}"
+            behind = f"with {dilation} it sees zeros between, which the batch norm before it did not make"
         elif layer.mask is not None:
             behind = "its kernel is masked"
     return Call(module, False, refuses, behind)

@@ -66,10 +66,11 @@ def fold_after(
     and bias' = bias + Σ c · kernel over inputs and window; so layer'(x) = layer(bn_eval(params, state, x)).
 
     Exact (to rounding) where the layer is applied to the norm's output itself, without an activation between, and
-    every output sees the whole window: dense layers, and convolutions, grouped, depthwise, strided and dilated ones
-    too, with padding "VALID", "CIRCULAR" or "REFLECT". Not with padding by zeros ("SAME", integers), where c must not
-    reach the border: pad with `−c / a` there, the value that the norm maps to 0, and convolve "VALID". Not for a
-    transposed convolution, whose outputs see different parts of the window.
+    every output sees the whole window: dense layers, and convolutions, grouped, depthwise, strided and with dilated
+    kernels too, with padding "VALID", "CIRCULAR" or "REFLECT". Not with padding by zeros ("SAME", integers), where c
+    must not reach the border: pad with `−c / a` there, the value that the norm maps to 0, and convolve "VALID". Nor
+    for a convolution that spreads its input with zeros (`input_dilation`), or a transposed one, whose outputs see
+    different parts of the window.
 
     Args:
       params: `BNParams` of the batch norm, vectors `(C,)` or None.

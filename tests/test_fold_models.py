@@ -134,6 +134,14 @@ def tied(x):
     return Norm()(dense(x)) @ dense.variables["params"]["kernel"].T
 
 
+def read_by_a_condition(x):
+    """The body closes over a value too, so that condition and body take different ones."""
+    dense = nn.Dense(3)
+    y, step = Norm()(dense(x)), 1 + x[0, 0, 0, 0] ** 2
+    limit = dense.variables["params"]["kernel"]
+    return y + jax.lax.while_loop(lambda n: n < jnp.abs(limit).sum(), lambda n: n + step, 0.0)
+
+
 def stacked(x):
     axes, split = {"params": 0, "batch_stats": 0}, {"params": True}
     return nn.scan(Step, variable_axes=axes, split_rngs=split, length=3)()(x[0, 0], image((3, 6, 6, 4)))[1]
@@ -153,6 +161,15 @@ REFUSED = {
     "zeros around": (lambda x: nn.Conv(3, (3, 3))(Norm()(x)), "Conv_0: with padding='SAME' it sees zeros around"),
     "zeros of a strided one": (lambda x: nn.Conv(3, (1, 1), padding=1)(Norm()(x)), "with padding=1 it sees zeros"),
     "transposed behind": (lambda x: nn.ConvTranspose(3, (3, 3))(Norm()(x)), "outputs of a transposed convolution see"),
+    "zeros between": (
+        lambda x: nn.Conv(3, (3, 3), padding=0, input_dilation=(2, 1))(Norm()(x)),
+        r"Conv_0: with input_dilation=\(2, 1\) it sees zeros between",
+    ),
+    "zeros between, at one point": (
+        lambda x: nn.Conv(3, (1, 1), padding=0, input_dilation=2)(Norm()(x)),
+        "Conv_0: with input_dilation=2 it sees zeros between",
+    ),
+    "read by a loop's condition": (read_by_a_condition, "the weights of Dense_0 are used elsewhere too"),
     "a masked kernel behind": (
         lambda x: nn.Conv(3, (1, 1), mask=jnp.ones((1, 1, 4, 3)))(Norm()(x)),
         "Conv_0: its kernel is masked",
@@ -251,6 +268,7 @@ def parts(norm=jbn.nnx.BatchNorm, **options):
         dense=nnx.Linear(4, 4, use_bias=False, rngs=rngs),
         conv=nnx.Conv(4, 4, (3, 3), feature_group_count=2, rngs=rngs),
         valid=nnx.Conv(4, 6, (3, 3), padding="VALID", use_bias=False, rngs=rngs),
+        spread=nnx.Conv(4, 6, (1, 1), padding=0, input_dilation=2, rngs=rngs),
         up=nnx.ConvTranspose(4, 4, (3, 3), strides=(2, 2), transpose_kernel=True, rngs=rngs),
         norm=norm(4, epsilon=1e-2, rngs=rngs, **options),
     )
@@ -267,6 +285,7 @@ NNX = {
     "remat": (lambda m, x: nnx.remat(lambda m, x: m.norm(m.dense(x)))(m, x), "dense"),
     "jit": (lambda m, x: nnx.jit(lambda m, x: m.norm(m.dense(x)))(m, x), "dense"),
     "zeros around": (lambda m, x: m.conv(m.norm(x)), "conv: with padding='SAME' it sees zeros"),
+    "zeros between": (lambda m, x: m.spread(m.norm(x)), "spread: with input_dilation=2 it sees zeros between"),
     "used elsewhere": (lambda m, x: (lambda y: m.norm(y) + y)(m.dense(x)), "output of dense is used elsewhere"),
     "weights elsewhere": (lambda m, x: m.norm(m.dense(x)) @ m.dense.kernel[...].T, "weights of dense are used else"),
     "called elsewhere": (lambda m, x: m.norm(m.dense(x)) + m.dense(2 * x), "dense is also called without it"),
