@@ -82,12 +82,16 @@ def fold(model: nnx.Module, *args: Any, method: str = "__call__", **call: Any) -
     shapes = {name: (x.mean if isinstance(x, nnx.BatchNorm) else x.kernel).shape for name, x in whole.items()}
 
     def run(state, arrays):
+        given = jax.tree.leaves(state)  # now: the twin's variables may be those of state
         twin = nnx.merge(graphdef, state)
         args, options = join(arrays)
         for name, layer in _layers(twin).items():
             layer.fold_name = name
             object.__setattr__(layer, "__class__", _marking(type(layer), marks, shapes, dtypes))
-        return getattr(twin, method)(*args, **options)
+        y = getattr(twin, method)(*args, **options)
+        after = jax.tree.leaves(nnx.state(twin))
+        known = set(map(id, given))
+        return y, [value for value in after if id(value) not in known]  # stored, to be read later
 
     owners = [".".join(_keys(path)[:-1]) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
     done, left = pairs(jax.make_jaxpr(run)(state, arrays), [*owners, *[None] * len(arrays)], marks)

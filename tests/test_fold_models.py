@@ -243,8 +243,8 @@ def nnx_fold(model, x, tolerance=1.0):
     before = jax.tree.map(np.array, nnx.state(model))
     got = jbn.nnx.fold(model, jax.ShapeDtypeStruct(x.shape, x.dtype))
     run = nnx.jit(lambda model, x: model(x))
-    assert_close(run(got.model, x), run(model, x), n=1000, factor=4 * tolerance)
     jax.tree.map(np.testing.assert_array_equal, nnx.state(model), before)
+    assert_close(run(got.model, x), run(model, x), n=1000, factor=4 * tolerance)
     norms = {".".join(map(str, p)) for p, n in nnx.iter_graph(got.model) if isinstance(n, nnx.BatchNorm)}
     assert norms == got.left.keys()
     return got.folded, got.left
@@ -291,6 +291,32 @@ NNX = {
     "called elsewhere": (lambda m, x: m.norm(m.dense(x)) + m.dense(2 * x), "dense is also called without it"),
     "no layer": (lambda m, x: m.norm(nnx.relu(m.dense(x))), "its input is not the output"),
 }
+
+
+def sown(m, x):
+    y = m.dense(x)
+    m.sow(nnx.Intermediate, "seen", y)
+    return m.norm(y)
+
+
+def cached(m, x):
+    m.last[...] = y = m.dense(x)
+    return m.norm(y)
+
+
+def kept(m, x):
+    m.array = nnx.data(y := m.dense(x))
+    return m.norm(y)
+
+
+@pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")
+@pytest.mark.parametrize("call", [sown, cached, kept])
+@pytest.mark.parametrize("wrap", [lambda call: call, nnx.jit, nnx.remat], ids=["", "jit", "remat"])
+def test_nnx_stored_values(call, wrap):
+    """What the call leaves in the model is read too, after it."""
+    stored = dict(last=nnx.Variable(jnp.zeros(IMAGE)), array=nnx.data(jnp.zeros(IMAGE)))
+    folded, left = nnx_fold(Net(wrap(call), **parts(), **stored), image())
+    assert not folded and "the output of dense is used elsewhere too" in left["norm"]
 
 
 @pytest.mark.parametrize("name", NNX)
