@@ -33,14 +33,14 @@ def parse(arguments: list[str], entries: Entries) -> tuple[str, Options]:
     parser = argparse.ArgumentParser(
         prog="python -m experiments",
         description="Runs one experiment: prints a table, and writes NAME.json, .csv, .png and .svg.",
-        epilog=f"instead of a name:\n{commands}\n\nexperiments:\n{listing(entries)}",
+        epilog=f"instead of a name:\n{commands}\n\nexperiments:\n{listing(entries)}\n\n"
+        "Finished parts of an experiment on a claim are kept in OUT/.cache, and not measured again:\n"
+        "delete that folder to measure anew.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", nargs="?", default=MAIN_JOB, help=f"of an experiment (default: {MAIN_JOB})")
     parser.add_argument("--seed", type=int, default=0, help="of all that is random (default: 0)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("results"), help="folder for what is written (default: results)"
-    )
+    parser.add_argument("--out", type=Path, help="folder for what is written (default: results, or results/quick)")
     parser.add_argument("--quick", action="store_true", help="a few seconds to check that everything works")
     named = next((each for each in arguments if each in entries), MAIN_JOB)
     if "arguments" in entries[named].defines:
@@ -53,6 +53,7 @@ def parse(arguments: list[str], entries: Entries) -> tuple[str, Options]:
         parser.error(f"no experiment is called {given.name!r}: {hint}there are {', '.join(entries)}")
     if not 0 <= given.seed < 2**32:
         parser.error(f"--seed must be from 0 to 2**32 - 1, got {given.seed}")
+    given.out = given.out or Path("results/quick" if given.quick else "results")
     if given.out.exists() and not given.out.is_dir():
         parser.error(f"--out must be a folder, {given.out} is a file")
     return given.name, Options(given.seed, given.out, given.quick, given)
@@ -102,13 +103,13 @@ def investigate(name: str, entry: catalog.Entry, options: Options) -> int:
     results = Results(name)
     try:
         study.run(experiment, options, results)
+        results.complete = True
+        Console().print(study.table(results))
+        print(f"wrote {', '.join(map(str, results.save(options.out, experiment.figure)))}")
     except KeyboardInterrupt:
         kept = f"{len(results.rows)} finished parts are kept: the same command goes on from there"
         print(f"\ninterrupted; {kept}", file=sys.stderr)
         return INTERRUPTED
-    results.complete = True
-    Console().print(study.table(results))
-    print(f"wrote {', '.join(map(str, results.save(options.out, experiment.figure)))}")
     return 0
 
 

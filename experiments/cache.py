@@ -1,7 +1,9 @@
 """Finished parts of an experiment on disk, found again only by exactly the same question."""
 
+import ast
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,31 @@ SOURCES = (
     "jbn/*.py",
     "jbn/kernels/*.py",
     "experiments/data/*.py",
-    *(f"experiments/{name}.py" for name in ("models", "study", "train")),
+    *(f"experiments/{name}.py" for name in ("models", "record", "study", "train")),
 )
+SETTINGS = ("XLA_FLAGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")
+JUDGED = ("CLAIMS", "CAPTION", "effects", "figure")  # of an experiment's file: made from the rows, not making them
+
+
+def code(path: Path, without: tuple[str, ...] = ()) -> str:
+    """Digest of a file's code: comments, docstrings, layout and what is defined `without` make no difference."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree.body = [node for node in tree.body if not set(without) & set(_defined(node))]
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+
+
+def _defined(node: ast.stmt) -> list[str]:
+    if isinstance(node, ast.FunctionDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+# once, as this process starts: what is imported now is what will run, whatever happens to the files meanwhile
+SHARED = {str(path.relative_to(CHECKOUT)): code(path) for pattern in SOURCES for path in sorted(CHECKOUT.glob(pattern))}
 
 
 class Cache:
@@ -26,7 +51,8 @@ class Cache:
         self.question = {
             "configuration": configuration,
             "environment": environment(),
-            "code": digest([source, *(path for pattern in SOURCES for path in sorted(CHECKOUT.glob(pattern)))]),
+            "settings": {name: os.environ.get(name) for name in SETTINGS},
+            "code": {**SHARED, source.name: code(source, JUDGED)},
         }
 
     def once(self, part: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -45,8 +71,3 @@ class Cache:
         with replacing(path) as temporary:
             temporary.write_text(json.dumps({"question": question, "answer": answer}), encoding="utf-8")
         return answer
-
-
-def digest(paths: list[Path]) -> str:
-    """SHA-256 of the files' contents, in order."""
-    return hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in paths)).hexdigest()

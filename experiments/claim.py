@@ -66,9 +66,11 @@ class Claim:
 
 
 def interval(samples: Sequence[float], *, ratio: bool = False) -> tuple[float, float, float]:
-    """(low, mean, high): the samples' mean, and its bias-corrected, accelerated bootstrap interval (Efron 1987).
+    """(low, mean, high): the samples' mean and its 95 % interval; of ratios the geometric mean, and of logarithms.
 
-    Of ratios the geometric mean. The resamples are the same every time.
+    Each bound is the further one of two: of the bias-corrected, accelerated bootstrap (Efron 1987), which follows the
+    samples' skew, and of Student's t, since of few samples the bootstrap alone covers too little (of six, 87 %).
+    The resamples are the same every time.
 
     Raises:
       ValueError: fewer than two samples, one that is not finite, or a ratio that is not positive.
@@ -86,7 +88,8 @@ def interval(samples: Sequence[float], *, ratio: bool = False) -> tuple[float, f
     else:
         told = {"n_resamples": RESAMPLES, "confidence_level": CONFIDENCE, "rng": np.random.default_rng(0)}
         bounds = stats.bootstrap((values,), np.mean, method="BCa", **told).confidence_interval
-        found = (bounds.low, middle, bounds.high)
+        t = stats.t.interval(CONFIDENCE, len(values) - 1, middle, stats.sem(values))
+        found = (min(bounds.low, t[0]), middle, max(bounds.high, t[1]))
     low, middle, high = (float(math.exp(value)) if ratio else float(value) for value in found)
     return low, middle, high
 

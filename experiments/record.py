@@ -85,6 +85,8 @@ class Results:
             "rows": self.rows,
         }
         out.mkdir(parents=True, exist_ok=True)
+        for suffix in (".png", ".svg"):  # an old drawing must not pass for one of these results
+            (out / f"{self.name}{suffix}").unlink(missing_ok=True)
         paths = [out / f"{self.name}{suffix}" for suffix in (".json", ".csv")]
         with replacing(paths[0]) as temporary:
             text = json.dumps(plain(record), indent=1, ensure_ascii=False, allow_nan=False)

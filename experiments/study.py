@@ -36,15 +36,16 @@ def run(experiment: Any, options: Options, results: Results) -> None:
     effects = experiment.effects(results.rows, configuration)
     if effects.keys() != experiment.CLAIMS.keys():
         raise ValueError(f"effects must return {list(experiment.CLAIMS)}, as CLAIMS has, got {list(effects)}")
-    question, _, design = (inspect.getdoc(experiment) or "").partition("\n")
     results.summary = {
-        "question": question,
-        "design": design.strip(),
-        "caption": experiment.CAPTION,
-        "findings": {
-            name: judge(claim, effects[name], options.quick) for name, claim in experiment.CLAIMS.items()
-        },
-    }  # fmt: skip
+        **told(experiment),
+        "findings": {name: judge(claim, effects[name], options.quick) for name, claim in experiment.CLAIMS.items()},
+    }
+
+
+def told(experiment: Any) -> dict[str, str]:
+    """What an experiment's file says of itself: the question, the design, and what the figure shows."""
+    question, _, design = (inspect.getdoc(experiment) or "").partition("\n")
+    return {"question": question, "design": design.strip(), "caption": experiment.CAPTION}
 
 
 def timed(experiment: Any, configuration: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def table(results: Results) -> Any:
     """The claims, their measured effects and the verdicts."""
     from rich.table import Table
 
-    shown_table = Table(title=results.summary["question"], caption="Mean over seeds (95 % bootstrap interval).")
+    shown_table = Table(title=results.summary["question"], caption="Mean over seeds (95 % interval).")
     for column in ("claim", "measured", "effect", "verdict"):
         shown_table.add_column(column)
     for finding in results.summary["findings"].values():

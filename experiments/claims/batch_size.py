@@ -12,8 +12,9 @@ nothing, which counts as wrong.
 
 Batch norm's running averages look back over as many digits at every size, so that small batches are not judged by
 noisier averages. "Recalibrated" is the same trained network, its statistics taken afresh over training digits in
-batches of the training's size. Batch renormalization's bounds open as in its paper: from batch norm in the first
-quarter of the steps to r = 3 and d = 5 at three quarters. "Virtual batches" takes the steps of batches of 128, yet
+batches of the training's size; averages as long as these leave it little to mend. Batch renormalization's bounds open
+to its paper's values, but later in the run: plain batch norm for the first quarter of the steps, r = 3 and d = 5 from
+three quarters on. "Virtual batches" takes the steps of batches of 128, yet
 normalises in groups of the size told: the statistics are those of a small batch, the gradient is not. Group norm has 4
 groups, layer norm one (over the positions too), instance norm one for each channel (Flax's); they know no batch, and
 so show what the batch size does apart from the statistics.
@@ -68,7 +69,7 @@ CLAIMS = {
 }
 CAPTION = (
     "Test error over batch size, all runs seeing the same number of digits, each method at its own best learning rate: "
-    "a dense network (left) and a convolutional one (right). Dashed: batch norm, its statistics recalibrated. "
+    "a dense network (left) and a convolutional one (right). Dashed: the same batch norm networks, recalibrated. "
     "Virtual batches: steps of 128 digits, normed in groups of the size told. Mean over seeds with its 95 % interval."
 )
 SIZES = {

@@ -4,7 +4,8 @@ Ioffe and Szegedy's MNIST network (three layers of 100 units) on 4,000 digits, p
 batch norm and without, with their sigmoids and with relu. Every network trains at every learning rate of a grid,
 the same for both methods; each method takes the rate at which a first group of seeds reached the target soonest,
 and is measured on the other seeds. A seed gives both methods the same order of the digits. Where a run never
-reaches the target, the number of steps of the whole run stands for it, so that the effect is at least what is told.
+reaches the target, the number of steps of the whole run stands for it: if that run is without batch norm, the effect is
+at least what is told; if it is with it, at most.
 """
 
 from typing import Any

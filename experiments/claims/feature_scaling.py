@@ -8,8 +8,8 @@ all. Every network trains at every learning rate of one wide grid (falling linea
 steps does not drown what is compared), with plain SGD and with Adam, which undoes the scale of each gradient; each
 method takes the rate at which a first group of seeds tested best, and is measured on the other seeds. R² is
 1 − squared error / variance of the target, on hours of days that are not trained on. Where it is below 0 or not a
-number (a run that diverged), 0 stands for it, which is what predicting the mean gives: so the effect of scaling is
-at least what is told.
+number (a run that diverged), 0 stands for it, which is what predicting the mean gives: so where it is the natural units
+that fail, the effect of scaling is at least what is told.
 """
 
 import functools
@@ -45,7 +45,7 @@ CLAIMS = {
     ),
     "adam": Claim(
         says="They do so with Adam too, although it rescales each gradient.",
-        source="against Kingma & Ba 2015, abstract: invariant to diagonal rescaling of the gradients",
+        source="the opposite of Kingma & Ba 2015, abstract: invariant to diagonal rescaling of the gradients",
         effect=GAIN,
         unit=" points",
         rule=HELPS,

@@ -2,7 +2,7 @@
 
 All at initialization, nothing is trained. On digits: ten layers of 100 units, one batch of 60 digits for each seed,
 the norm of the gradient of each layer's weights, with batch norm and without. Sigmoids have Flax's standard weights
-(variance 1 / fan-in), relus He's (2 / fan-in), at which they need no help: they are drawn, and no claim rests on them.
+(variance 1 / fan-in), relus He's (2 / fan-in), made for relus without norm: they are drawn, and no claim rests on them.
 
 Against theory: square layers of Gaussian weights, batch norm with scale 1 and bias 0 after each, then relu or nothing;
 inputs are what such a layer makes of Gaussian noise, the gradient of the outputs is Gaussian noise. That is where the

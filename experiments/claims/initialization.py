@@ -1,9 +1,10 @@
 """Does batch norm make training depend less on the scale of the initial weights?
 
 Relu networks of three hidden layers of 50 units, with batch norm and without, 300 steps of plain SGD in batches of 60
-on 4,000 digits. The weights of the hidden layers, which batch norm follows, start as usual (normal, variance one over
-inputs) times a scale from 1e-3 to 1e3, half a decade apart; the last layer starts as usual in both. Every network
-trains at four learning rates, a decade apart. A seed gives both networks the same weights and order of the digits.
+on 4,000 digits. The weights of the hidden layers, which batch norm follows, start as usual (truncated normal,
+variance one over inputs) times a scale from 1e-3 to 1e3, half a decade apart; the last layer starts as usual in both.
+Every network trains at four learning rates, a decade apart. A seed gives both networks the same weights and order of
+the digits.
 
 A network trains from a scale where its test accuracy ends at 90 % or more. First each scale has a learning rate of its
 own, the best on a first group of seeds, and the other seeds tell how many decades of scales train (half a decade for

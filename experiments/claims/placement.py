@@ -11,7 +11,7 @@ activation it is of use, before batch norm it is what is tested.
 Batch norm subtracts the mean, so a bias before it changes nothing and its gradient, in exact arithmetic, is zero. Its
 computed gradient is compared with that of batch norm's own bias, in the same layer (largest component of each, worst
 layer and activation), in the course of training, on 60 digits. The same networks train without the bias
-too: the figure shows what removing it changes, which is rounding, amplified by training.
+too: the figure shows what removing it changes, in theory nothing but rounding, which training amplifies.
 """
 
 import functools
@@ -64,10 +64,9 @@ CLAIMS = {
 }
 CAPTION = (
     "Left, middle: test accuracy at the end of training over the learning rate, batch norm before and after the "
-    "activation, and before it without the dense layer's bias, whose absence shows only where training all but "
-    "diverges; dots, the rate that each is measured at; mean over seeds with its 95 % interval. Right: largest "
-    "gradient of the dense layer's bias over that of batch norm's, with batch norm before and after the activation; a "
-    "dot for each seed."
+    "activation, and before it without the dense layer's bias; dots, the rate that each is measured at; mean over "
+    "seeds with its 95 % interval. Right: largest gradient of the dense layer's bias over that of batch norm's, with "
+    "batch norm before and after the activation; a dot for each seed."
 )
 ACTIVATIONS = ("relu", "sigmoid")
 BEFORE, AFTER, NO_BIAS = "before", "after", "before, no bias"

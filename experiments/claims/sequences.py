@@ -5,7 +5,9 @@ end which of nine people spoke. Five ways to norm it, and none:
 
 - layer norm of both terms (Flax's);
 - batch norm of both terms with statistics, and running averages, of each time step, over the utterances that have not
-  ended by then; beyond the longest of the training the last step's serve, as Cooijmans et al. have it;
+  ended by then; beyond the longest of the training the last step's serve, as Cooijmans et al. have it. Late steps have
+  few utterances left: a batch with one of them has variance 0 there, and the running averages weigh it like a batch
+  of thirty, which is part of what is judged;
 - the same, the padding (zeros after an utterance's end, where the state stays as it is) counted in the statistics;
 - batch norm of V x alone, with statistics over all utterances and steps (sequencewise), without the padding or with.
 
