@@ -56,6 +56,8 @@ def timed(experiment: Any, configuration: dict[str, Any], part: dict[str, Any]) 
     # on a CPU the newer way to draw random numbers takes up to ten times as long to compile
     with jax.threefry_partitionable(False):
         found = experiment.measure(configuration, part)
+    if taken := part.keys() & found.keys():
+        raise ValueError(f"measure returned {sorted(taken)}, which tell the part {part} apart: name them otherwise")
     return {**part, **found, "seconds": round(time.perf_counter() - started, 2)}
 
 

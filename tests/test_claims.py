@@ -257,6 +257,13 @@ def test_effects_must_be_those_claimed(tmp_path):
         run(module, tmp_path)
 
 
+def test_what_is_found_must_not_hide_the_part(tmp_path):
+    module = experiment(tmp_path, [])
+    module.measure = lambda configuration, part: {"size": 0}
+    with pytest.raises(ValueError, match=r"measure returned \['size'\], which tell the part {'size': 1} apart"):
+        run(module, tmp_path)
+
+
 def test_find():
     rows = [{"a": 1, "b": 1}, {"a": 1, "b": 2}]
     assert study.find(rows, a=1, b=2) is rows[1]

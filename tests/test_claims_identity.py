@@ -29,9 +29,9 @@ def test_distance_from_the_identity_on_the_whole_batch():
     mean, var = x.astype(np.float64).mean(0), x.astype(np.float64).var(0)
     std = np.sqrt(var + EPSILON)
     at = distance(x, len(x))(variables(std, mean))
-    assert at["missed"] < 1e-10 and at["parameters"] < 1e-5
+    assert at["missed"] < 1e-10 and at["off"] < 1e-5
     off = distance(x, len(x))(variables(std * [1, 1, 0.5], mean + np.sqrt(var) * [0, 2, 0]))
-    assert off["parameters"] == pytest.approx(2, rel=1e-4)
+    assert off["off"] == pytest.approx(2, rel=1e-4)
     assert off["missed"] == pytest.approx((4 + 0.25) / 3, rel=1e-4)  # a mean off by 2σ, and half of the deviations
 
 

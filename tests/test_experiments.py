@@ -65,7 +65,7 @@ def test_help(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["digit"], "no experiment is called 'digit': did you mean 'digits'? there are digits, "),
+        (["digit"], "no experiment is called 'digit': did you mean 'digits'? there are binaries, "),
         (["results"], "no experiment is called 'results'"),
         (["--seed", "-1"], "--seed must be from 0 to 2**32 - 1, got -1"),
         (["--seed", "one"], "invalid int value: 'one'"),

@@ -109,7 +109,7 @@ def test_page_is_whole_and_needs_no_network(folder):
 
 def test_page_holds_the_numbers_of_the_json(folder):
     text = (folder / "report.html").read_text(encoding="utf-8")
-    assert "2 claims from the literature in 2 experiments" in text
+    assert "2 claims, from the literature or drawn from it, in 2 experiments" in " ".join(text.split())
     assert "1 supported, 1 contradicted" in text
     low, _, high = interval(folder, "first").split()
     assert f"2.40× ({low} to {high})" in text

@@ -141,7 +141,7 @@ def error(x: Array) -> Array:
 def distance(x: Array, batch_size: int) -> Any:
     """A function of variables: the layer's distance from the identity on `x`, cut into batches.
 
-    missed: the squared error in training mode over the variance, mean over features. parameters: the largest distance
+    missed: the squared error in training mode over the variance, mean over features. off: the largest distance
     of scale from √(σ² + ε) and of bias from μ, in σ.
     """
     var, wanted = x.var(0), jbn.BNState(x.mean(0), x.var(0))
@@ -155,7 +155,7 @@ def distance(x: Array, batch_size: int) -> Any:
         squares = jnp.square(jax.vmap(reproduced)(batches) - batches).mean((0, 1))
         learned = variables["params"]["BatchNorm_0"]
         off = jnp.maximum(jnp.abs(learned["scale"] - scale), jnp.abs(learned["bias"] - bias))
-        return {"missed": (squares / var).mean(), "parameters": (off / jnp.sqrt(var)).max()}
+        return {"missed": (squares / var).mean(), "off": (off / jnp.sqrt(var)).max()}
 
     return evaluate
 
@@ -165,7 +165,7 @@ def effects(rows: list[dict[str, Any]], configuration: dict[str, Any]) -> dict[s
     whole, drawn = (find(rows, batch_size=size) for size in (configuration["examples"], JUDGED_BATCH))
     return {
         "set": (np.max(exact, 0) / EPS).tolist(),
-        "learned": (np.array(whole["parameters"])[:, -1] / EPS).tolist(),
+        "learned": (np.array(whole["off"])[:, -1] / EPS).tolist(),
         "batches": (100 * np.array(drawn["missed"])[:, -1]).tolist(),
     }
 
