@@ -1,5 +1,6 @@
 """Folding of a `flax.linen` model: its calls are watched while it is traced, and replaced by an interceptor."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -7,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import unfreeze
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from jbn import _fold_flax
 from jbn._flax import feature_axis
@@ -14,7 +16,8 @@ from jbn._fold_pairs import Call, Marks, Pair, pairs
 from jbn.functional import BNParams, BNState
 
 Path = tuple[str, ...]
-STATS, TRACED = "batch_stats", "fold"  # a variable that makes jitted modules trace anew
+STATS = "batch_stats"
+_folds = itertools.count()
 
 
 class Folded(NamedTuple):
@@ -95,10 +98,10 @@ def fold(model: nn.Module, variables: Any, *args: Any, **call: Any) -> Folded:
             return model.apply(variables, *args, **options)
 
     arrays, join = _fold_flax.arrays_apart(args, call)
-    # jitted modules that were traced before would run without marks
-    seeded = {**plain, STATS: {**plain.get(STATS, {}), TRACED: {TRACED: jnp.zeros(())}}}
-    owners = ["/".join(_keys(path)[1:-1]) for path, _ in jax.tree_util.tree_leaves_with_path(seeded)]
-    done, left = pairs(jax.make_jaxpr(run)(seeded, arrays), [*owners, *[None] * len(arrays)], marks)
+    owners = ["/".join(_keys(path)[1:-1]) for path, _ in jax.tree_util.tree_leaves_with_path(plain)]
+    with set_xla_metadata(jbn_fold=str(next(_folds))):  # jitted modules trace anew: old traces have no marks, or others
+        closed = jax.make_jaxpr(run)(plain, arrays)
+    done, left = pairs(closed, [*owners, *[None] * len(arrays)], marks)
     biased: set[Path] = set()
 
     @jax.jit  # in one compilation

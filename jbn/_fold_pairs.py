@@ -60,13 +60,15 @@ def pairs(closed: ClosedJaxpr, owners: Sequence[str | None], marks: Marks) -> tu
     """
     found = _Found(marks.calls)
     found.read(closed.jaxpr)
-    foreign = set(_read_elsewhere(closed.jaxpr, dict(zip(closed.jaxpr.invars, owners, strict=True)), marks.calls))
+    strange = set(_read_elsewhere(closed.jaxpr, dict(zip(closed.jaxpr.invars, owners, strict=True)), marks.calls))
+    foreign = {module for read in strange for module in read if module}
     calls: dict[str, list[int]] = defaultdict(list)
     for number in sorted(found.ran):
         calls[marks.calls[number].module].append(number)
     norms = [module for module, numbers in calls.items() if marks.calls[numbers[0]].is_norm]
     done: list[Pair] = []
-    left: dict[str, str] = {}
+    traced_for = {owner: reader for owner, reader in strange if reader in norms and owner not in calls}
+    left = {norm: f"it runs in a jitted module that was traced for {other}" for norm, other in traced_for.items()}
 
     def refusal(norm: str, layer_first: bool) -> tuple[str, str]:
         """The layer on that side, and why the norm does not fold into it; "" where it does."""
@@ -87,6 +89,8 @@ def pairs(closed: ClosedJaxpr, owners: Sequence[str | None], marks: Marks) -> tu
         first = others if layer_first else calls[norm]
         if any(number not in found.sole for number in first):  # type: ignore[operator]
             return layer, f"the output of {layer if layer_first else 'the batch norm'} is used elsewhere too"
+        if norm in traced_for.values():
+            return layer, f"{layer}: its jitted module was traced for others too"
         if {norm, layer} & foreign:
             return layer, f"the weights of {layer if layer in foreign else 'the batch norm'} are used elsewhere too"
         if any(pair.layer == layer and pair.layer_first == layer_first for pair in done):
@@ -147,9 +151,9 @@ class _Found:
                 self.behind[made[value]] = number
 
 
-def _read_elsewhere(jaxpr: Jaxpr, owners: dict[Var, str | None], calls: list[Call]) -> Iterator[str]:
-    """Modules with a variable that something else than their own calls reads, and those that read it."""
-    yield from (owner for value in jaxpr.outvars if isinstance(value, Var) and (owner := owners.get(value)))
+def _read_elsewhere(jaxpr: Jaxpr, owners: dict[Var, str | None], calls: list[Call]) -> Iterator[tuple[str, str | None]]:
+    """Modules with a variable that something else than their own calls reads, each with the module whose call does."""
+    yield from ((owner, None) for value in jaxpr.outvars if isinstance(value, Var) and (owner := owners.get(value)))
     for eqn in jaxpr.eqns:
         read = [owners.get(v) if isinstance(v, Var) else None for v in eqn.invars]
         if not any(read):
@@ -158,13 +162,11 @@ def _read_elsewhere(jaxpr: Jaxpr, owners: dict[Var, str | None], calls: list[Cal
         reader = calls[int(scope[1])].module if scope else None
         strange = [owner for owner in read if owner and owner != reader]
         inner = [(one, _given(eqn, one, read)) for one in jaxprs_in_params(eqn.params)]
-        if strange and inner and all(len(one.invars) == len(given) for one, given in inner):
+        if reader is None and inner and all(len(one.invars) == len(given) for one, given in inner):
             for one, given in inner:
                 yield from _read_elsewhere(one, dict(zip(one.invars, given, strict=True)), calls)
         else:
-            yield from strange
-            if strange and reader:
-                yield reader
+            yield from ((owner, reader) for owner in strange)
 
 
 def _given(eqn: JaxprEqn, inner: Jaxpr, read: list) -> list:

@@ -104,6 +104,34 @@ def test_linen(name):
     assert len(folded) == (2 if name == "both sides" else 1) and not left
 
 
+JITTED = nn.jit(Inner)  # one for all: what it was traced for is kept
+
+
+def test_linen_jitted_modules():
+    """However often a jitted class was traced before, in this model or another, by itself or inside."""
+    inside = small(lambda x: JITTED(name="a")(x))
+    behind_another = small(lambda x: JITTED(name="a")(Norm()(nn.Dense(4)(x))))
+    for _ in range(2):
+        assert linen_fold(inside, image()) == ({"a/BatchNorm_0": "a/Dense_0"}, {})
+        assert len(linen_fold(behind_another, image())[0]) == 2
+        assert linen_fold(JITTED(), image()) == ({"BatchNorm_0": "Dense_0"}, {})
+
+
+def test_linen_two_of_a_jitted_class():
+    """They share a trace, so neither can be told apart in it."""
+    folded, left = linen_fold(small(lambda x: JITTED(name="b")(JITTED(name="a")(x))), image())
+    assert not folded and left.keys() == {"a/BatchNorm_0", "b/BatchNorm_0"}
+    assert "a/Dense_0: its jitted module was traced for others too" in left["a/BatchNorm_0"]
+    assert left["b/BatchNorm_0"] == "it runs in a jitted module that was traced for a/BatchNorm_0"
+
+
+def test_linen_ensemble():
+    """A lifted module at the root has its variables to itself."""
+    model = nn.vmap(Inner, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True})()
+    folded, left = linen_fold(model, image())
+    assert not folded and left == {"BatchNorm_0": "its variables are stacked, by scan or vmap over layers"}
+
+
 class Custom(nn.Dense):
     def __call__(self, x):
         return 2 * super().__call__(x)
