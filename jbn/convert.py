@@ -22,6 +22,8 @@ from jbn.functional import BNParams, BNState
 
 Kind = Literal["linen", "nnx"]
 Names = Mapping[str, Sequence[str | int]]  # of a PyTorch layer: its path in the Flax model
+DENSE = ("weight", "bias")  # in a state_dict, of a convolution too
+NORM = (*DENSE, "running_mean", "running_var", "num_batches_tracked")
 
 
 class Layer(NamedTuple):
@@ -142,8 +144,9 @@ def model_from_torch(state_dict: Mapping[str, Any], names: Names, kind: Kind = "
     used = set()
     for prefix, path in names.items():
         own = {k.removeprefix(_inside(prefix)): k for k in state_dict if k.startswith(_inside(prefix))}
-        used.update(own.values())
-        if "running_mean" in own or "running_var" in own:
+        is_norm = "running_mean" in own or "running_var" in own
+        used.update(own[name] for name in (NORM if is_norm else DENSE) if name in own)
+        if is_norm:
             layer = from_torch(state_dict, prefix)
             _put(stats, path, layer.state._asdict())
             _put(params, path, {k: v for k, v in layer.params._asdict().items() if v is not None})
@@ -178,9 +181,10 @@ def model_to_torch(variables: Mapping[Any, Any], names: Names, kind: Kind = "lin
     left = {path: value for tree in trees for path, value in _leaves(tree)}
     tensors: dict[str, np.ndarray] = {}
     for prefix, path in names.items():
-        inner = [p for p in left if p[:-1] == tuple(path)]
-        own = {p[-1]: left.pop(p) for p in inner}
-        if "mean" in own:
+        is_norm = (*path, "mean") in left
+        known = ("scale", "bias", "mean", "var") if is_norm else ("kernel", "bias")
+        own = {name: left.pop((*path, name)) for name in known if (*path, name) in left}
+        if is_norm:
             layer = Layer(
                 BNParams(own.get("scale"), own.get("bias")), BNState(own["mean"], own["var"]), 0.9, 1e-5, True
             )

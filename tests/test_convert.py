@@ -241,6 +241,23 @@ def test_a_converted_convolution_computes_the_same():
             ValueError,
             r"a\.weight has shape \(2,\)",
         ),
+        (
+            lambda: convert.model_from_torch(
+                dict.fromkeys(("a.weight", "a.weight_scale", "a.proj.weight"), np.ones((2, 2))), {"a": ("A",)}
+            ),
+            ValueError,
+            r"2 entries that no name leads to: a\.proj\.weight, a\.weight_scale",
+        ),
+        (
+            lambda: convert.model_from_torch(torch_dict("a.") | {"a.proj.weight": np.ones((2, 2))}, {"a": ("A",)}),
+            ValueError,
+            r"1 entries that no name leads to: a\.proj\.weight",
+        ),
+        (
+            lambda: convert.model_to_torch({"params": {"A": {"kernel": np.ones((2, 2)), "gain": 1}}}, {"a": ("A",)}),
+            ValueError,
+            "1 entries that no name leads to: A/gain",
+        ),
         (lambda: convert.resnet50_names("keras"), ValueError, "kind is 'keras', expected 'linen' or 'nnx'"),
         (
             lambda: convert.model_to_torch({}, {"a": ("A", 0)}, "nnx"),
