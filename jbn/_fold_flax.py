@@ -1,6 +1,6 @@
 """What folding of linen and nnx models shares: which layers take a batch norm up, and what of the norm remains."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -42,7 +42,10 @@ def layer_call(module: str, layer: Any, kernel: Any, window: tuple[int, ...] | N
         behind = "the outputs of a transposed convolution see different parts of the window"
     elif window is not None:
         padding = layer.padding
-        pads = padding not in PADS_NOTHING if isinstance(padding, str) else bool(np.any(np.asarray(padding)))
+        if isinstance(padding, str):
+            pads = padding not in PADS_NOTHING
+        else:  # a number, or one or two for each dimension
+            pads = any(np.any(np.asarray(each)) for each in (padding if isinstance(padding, Iterable) else (padding,)))
         if isinstance(padding, str) and all(size == 1 for size in window):
             pads = False  # "SAME" and "CAUSAL" pad by the window
         if pads:

@@ -54,7 +54,8 @@ def fold(model: nn.Module, variables: Any, *args: Any, **call: Any) -> Folded:
 
     Args:
       model: any linen module.
-      variables: as `model.init` returned them, trained; they are not changed.
+      variables: as `model.init` returned them, trained; they are not changed. Boxes, as of `nn.with_partitioning`, are
+        opened in the result.
       *args: of the call, arrays or `jax.ShapeDtypeStruct`s; nothing is computed.
       **call: as well, and those of `apply`, such as `method` and `rngs`.
 
@@ -66,7 +67,7 @@ def fold(model: nn.Module, variables: Any, *args: Any, **call: Any) -> Folded:
 
     Source: Jacob et al. (2018), section 3.2 (https://arxiv.org/abs/1712.05877).
     """
-    plain = unfreeze(variables)
+    plain = unfreeze(nn.meta.unbox(variables))
     marks, norms, axes, dtypes = Marks(), {}, {}, {}
 
     def watch(next_fun, args, kwargs, context):

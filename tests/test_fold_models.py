@@ -80,6 +80,8 @@ LAYERS = {
     "the layer behind": lambda x: nn.Dense(5, use_bias=False)(Norm()(x)),
     "a grouped one behind": lambda x: nn.Conv(6, (3, 3), feature_group_count=2, padding="VALID")(Norm()(x)),
     "one by one behind": lambda x: nn.Conv(6, (1, 1), strides=2)(Norm()(x)),
+    "mixed padding": lambda x: Norm()(nn.Conv(5, (3, 3), padding=[(1, 1), 0])(x)),
+    "padding of nothing": lambda x: nn.Conv(5, (3, 3), padding=[(0, 0), 0])(Norm()(x)),
     "both sides": lambda x: Norm()(nn.Dense(5, use_bias=False)(Norm()(x))),
     "between two": lambda x: nn.Dense(3)(Norm()(nn.Dense(5)(x))),
 }
@@ -130,6 +132,18 @@ def test_linen_ensemble():
     model = nn.vmap(Inner, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True})()
     folded, left = linen_fold(model, image())
     assert not folded and left == {"BatchNorm_0": "its variables are stacked, by scan or vmap over layers"}
+
+
+def test_linen_partitioned():
+    """Boxes of the variables are opened."""
+    boxed = nn.with_partitioning(nn.initializers.lecun_normal(), (None, None))
+    model, x = small(lambda x: Norm()(nn.Dense(5, kernel_init=boxed)(x))), image()
+    variables = model.init(jax.random.key(0), x)
+    got = jbn.linen.fold(model, variables, x)
+    assert (got.folded, got.left) == ({"BatchNorm_0": "Dense_0"}, {})
+    assert isinstance(variables["params"]["Dense_0"]["kernel"], nn.Partitioned)
+    assert isinstance(got.variables["params"]["Dense_0"]["kernel"], jax.Array)
+    assert_close(got.apply(got.variables, x), model.apply(variables, x), n=4)
 
 
 class Custom(nn.Dense):
@@ -189,6 +203,10 @@ REFUSED = {
     "zeros around": (lambda x: nn.Conv(3, (3, 3))(Norm()(x)), "Conv_0: with padding='SAME' it sees zeros around"),
     "zeros of a strided one": (lambda x: nn.Conv(3, (1, 1), padding=1)(Norm()(x)), "with padding=1 it sees zeros"),
     "transposed behind": (lambda x: nn.ConvTranspose(3, (3, 3))(Norm()(x)), "outputs of a transposed convolution see"),
+    "mixed zeros around": (
+        lambda x: nn.Conv(3, (3, 3), padding=[(1, 0), 0])(Norm()(x)),
+        r"Conv_0: with padding=\(\(1, 0\), 0\) it sees zeros around",
+    ),
     "zeros between": (
         lambda x: nn.Conv(3, (3, 3), padding=0, input_dilation=(2, 1))(Norm()(x)),
         r"Conv_0: with input_dilation=\(2, 1\) it sees zeros between",
