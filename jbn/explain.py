@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import core
 from jax.extend.core import jaxprs_in_params
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from jbn import _check, _dispatch, _sent
@@ -108,6 +108,11 @@ def explain(
     parts, gathered = _division(whole)
     given = {"x": whole, "mask": mask, "residual": residual}
     x, mask, residual = (None if v is None else _part(_abstract(n, v), whole, parts) for n, v in given.items())
+    if axis_size is not None:
+        remedy = "give the number of members, or leave it out"
+        axis_size = _check.check_positive("axis_size", axis_size, "None or a positive integer", remedy)
+        if axis_name is None:
+            raise ValueError(f"axis_size is {axis_size}, but axis_name is None: name the axis, or leave it out")
     several = isinstance(axis_name, Sequence) and not isinstance(axis_name, str)
     names: tuple[Any, ...] = () if axis_name is None else tuple(axis_name) if several else (axis_name,)
     virtual, shared = None, False  # virtual batches, by several devices or members
@@ -149,7 +154,11 @@ def explain(
         "backward": [p for p in trained if p.name.startswith("gradient")],
         "inference": list(_pieces(jax.make_jaxpr(infer)(params, state, x, residual).jaxpr)),
     }
-    chosen, reason, notes = _choice(platform, [p for name in PASSES for p in pieces[name]])
+    chosen, reason, notes = _choice(platform, pieces)
+    if not isinstance(whole.sharding, NamedSharding | SingleDeviceSharding | None):
+        notes.append(
+            f"x has a {type(whole.sharding).__name__}, expected a NamedSharding: explained as if on one device"
+        )
     notes += [f"axis {a} of x, {whole.shape[a]} long, is not divided evenly: it is gathered" for a in gathered]
     if platform in GPUS and not gpu(platform).here:
         notes.append(f"no such GPU is here: a forecast for one of {gpu(platform).processors} multiprocessors")
@@ -201,22 +210,26 @@ def _pieces(jaxpr) -> Iterator[_Piece]:
                 yield from _pieces(inner)
 
 
-def _choice(platform: str, pieces: list[_Piece]) -> tuple[str | None, str, list[str]]:
+def _choice(platform: str, passes: dict[str, list[_Piece]]) -> tuple[str | None, str, list[str]]:
     """The implementation of a call, why, and what else there is to say."""
     try:
-        choices = {p.name: _dispatch.choose(p.name, p.plan, platform, *p.operands) for p in pieces}
+        choices = [
+            (name, p, _dispatch.choose(p.name, p.plan, platform, *p.operands))
+            for name, pieces in passes.items()
+            for p in pieces
+        ]
     except NotImplementedError as error:
         return None, str(error), []
     notes = []
-    by_kernels = [choice for choice in choices.values() if choice.implementation == "triton"]
+    by_kernels = [choice for *_, choice in choices if choice.implementation == "triton"]
     if by_kernels:
-        notes += [f"{n} by xla: {c.reason}" for n, c in choices.items() if c.implementation == "xla"]
+        notes += [f"{name}: {p.name} by xla: {c.reason}" for name, p, c in choices if c.implementation == "xla"]
         return by_kernels[0].implementation, by_kernels[0].reason, notes
-    obstacles = (_dispatch.obstacle(p.name, p.plan, platform, *p.operands) for p in pieces)
+    obstacles = (_dispatch.obstacle(p.name, p.plan, platform, *p.operands) for _, p, _ in choices)
     problem = next(filter(None, obstacles), None)
     if platform in GPUS:
         notes.append(f"implementation='triton' would {f'raise: {problem}' if problem else 'run the kernels'}")
-    first = choices[pieces[0].name]
+    *_, first = choices[0]
     return first.implementation, first.reason, notes
 
 

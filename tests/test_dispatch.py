@@ -158,10 +158,23 @@ def test_kernel_that_does_not_compile(on_cuda, measured, monkeypatch):
     assert kernels(train(None), PARAMS, X, X) == 3
     told = jbn.explain(X, platform="cuda")
     said = "jbn_gradient_sums does not compile (ValueError: PassManager::run failed)"
-    assert told.implementation == "triton" and told.notes[0] == f"gradient_sums by xla: {said}"
+    assert told.implementation == "triton" and told.notes[0] == f"backward: gradient_sums by xla: {said}"
     with pytest.raises(NotImplementedError, match=re.escape(said)):
         kernels(train("triton"), PARAMS, X, X)
     _triton._failure.cache_clear()
+
+
+def test_training_may_have_a_kernel_that_inference_lacks(on_cuda, measured, monkeypatch):
+    """One piece, compiled for either."""
+    from jbn import _triton
+
+    monkeypatch.setattr(_triton, "failure", lambda name, plan, *_: None if plan.centred else "no such kernel")
+    told = jbn.explain(X, platform="cuda")
+    assert [len(found) for found in told.launches.values()] == [2, 2, 0]
+    assert told.notes[0] == "inference: apply by xla: no such kernel"
+    monkeypatch.setattr(_triton, "failure", lambda name, plan, *_: "no such kernel" if plan.centred else None)
+    told = jbn.explain(X, platform="cuda")
+    assert told.notes[:2] == ("forward: moments by xla: no such kernel", "forward: apply by xla: no such kernel")
 
 
 GOOD = {"jax": "0.11.2", "triton": "3.6.0", "jax-triton": "0.3.1"}

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax._src.sharding_impls import GSPMDSharding
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_communication import collectives
@@ -152,6 +153,19 @@ def test_virtual_batches_over_a_named_axis(devices, k, shared):
     assert sorted(c for found in sent(told).values() for c in found) == sorted(compiled)
 
 
+def test_groups_of_a_named_axis_gather():
+    """A sum over groups is a gather too."""
+    groups = [[0, 2], [1, 3]]
+    told = jbn.explain(X, axis_name="data", axis_size=4, axis_index_groups=groups)
+    gather = [("all-gather", 2 * 2 * 64 * 4)]
+    assert sent(told) == {"forward": gather, "backward": gather}
+
+
+def test_another_sharding_is_not_taken_for_none(devices):
+    x = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=GSPMDSharding.get_replicated(tuple(devices)))
+    assert jbn.explain(x).notes == ("x has a GSPMDSharding, expected a NamedSharding: explained as if on one device",)
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="platform is 'gpu', expected None, 'cpu', 'cuda', 'rocm' or 'tpu'"):
         jbn.explain(X, platform="gpu")
@@ -161,5 +175,13 @@ def test_bad_arguments():
         jbn.explain(jnp.arange(3))
     with pytest.raises(ValueError, match=r"residual has shape \(3,\), expected x's shape"):
         jbn.explain(X, residual=jnp.ones(3))
+    with pytest.raises(ValueError, match="axis_size is 0, expected None or a positive integer: give the number"):
+        jbn.explain(X, axis_name="d", axis_size=0)
+    with pytest.raises(ValueError, match="axis_size is 4, but axis_name is None: name the axis"):
+        jbn.explain(X, axis_size=4)
+    with pytest.raises(
+        ValueError, match=r"axis_index_groups is \[\[0, 1\]\], expected groups of one size that hold each"
+    ):
+        jbn.explain(X, axis_name="d", axis_size=4, axis_index_groups=[[0, 1]])
     with pytest.raises(TypeError, match="x is a list, expected an array"):
         jbn.explain([1.0])
