@@ -69,7 +69,7 @@ gradient_sums_keeping = primitive(
 )
 gradient_input = primitive("gradient_input", _xla.gradient_input, kernel=True)
 tangent = primitive("tangent", _xla.tangent, transpose=_tangent_transpose)
-_merge = primitive("merge", _merge_members)
+_merge = primitive("merge", _merge_members, shared=True)
 
 
 def synchronise(plan: Plan, own: Moments) -> Moments:

@@ -22,6 +22,7 @@ def primitive(
     combine: Callable | None = None,
     kernel: bool = False,
     transpose: Callable | None = None,
+    shared: bool = False,
 ) -> Callable:
     """Makes the primitive `jbn_<name>` whose value is `reference(plan, *operands)`.
 
@@ -30,7 +31,8 @@ def primitive(
     another function, `derivative`, equal to it wherever a derivative is to be had. Where it reduces over rows,
     `combine(plan, x, out, names)` merges what devices found of their own rows, over mesh axes `names`. With `kernel`,
     `jbn._triton` has a function of its name, that takes its place on a GPU where `_dispatch` says so. `transpose` is
-    the rule of one that is linear in some operands: `(cotangents, *flat, tree, plan)`, as jax asks for it.
+    the rule of one that is linear in some operands: `(cotangents, *flat, tree, plan)`, as jax asks for it. With
+    `shared` the outputs are the same for all who share statistics, so that a vmap which names them leaves it unmapped.
 
     Returns:
       `bind(plan, *operands)`, which calls it on pytrees (None where an operand is absent) and returns the list of its
@@ -71,6 +73,8 @@ def primitive(
             return out, [None] * len(out)
         flat = [_to_front(v, d, axis_data.size) for v, d in zip(flat, dims, strict=True)]
         out = prim.bind(*flat, tree=tree, plan=plan.batched(axis_data.name))
+        if shared and axis_data.name in plan.sync.names and plan.sync.groups is None:
+            return [value[0] for value in out], [None] * len(out)
         return out, [0] * len(out)
 
     def lowering(ctx, *values, tree, plan, function=reference):

@@ -60,6 +60,27 @@ def test_values_and_state(kind, devices):
     check_state(state, want)
 
 
+def test_a_vmap_that_names_the_axis_need_not_map_the_state():
+    """As with Flax: the statistics are the same for all, so `out_axes=None` takes them, and gradients pass."""
+    x = np.random.default_rng(1).normal(size=(2, 8, 3)).astype(np.float32)
+    params, state = jbn.bn_init(3)
+
+    def shared(x, mask):
+        f = functools.partial(jbn.bn_train, params, state, axis_name="d")
+        return jax.vmap(lambda x, mask: f(x, mask=mask), axis_name="d", out_axes=(0, None))(x, mask)
+
+    for mask in (np.ones((2, 8, 1), bool), np.arange(16).reshape(2, 8, 1) < 11):
+        y, new = shared(x, mask)
+        wanted, want = jbn.bn_train(params, state, x.reshape(16, 3), mask=mask.reshape(16, 1))
+        assert_close(y.reshape(16, 3), wanted, n=16)
+        assert_close(new.mean, want.mean, n=16)
+        assert_close(new.var, want.var, n=16)
+        g = jax.grad(lambda x, mask=mask: (shared(x, mask)[0] ** 3).sum())(x)
+        rows = functools.partial(jbn.bn_train, params, state, mask=mask.reshape(16, 1))
+        want = jax.grad(lambda x, rows=rows: (rows(x)[0] ** 3).sum())(x.reshape(16, 3))
+        assert_close(g.reshape(16, 3), want, n=16, factor=20)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients(kind, devices):
     """From outside, with respect to everything."""
