@@ -11,8 +11,10 @@ A file there has a docstring, whose first line is the question and whose rest is
 - `figure(results)` → a matplotlib figure, drawn from the results alone.
 """
 
+import contextlib
 import inspect
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +56,24 @@ def timed(experiment: Any, configuration: dict[str, Any], part: dict[str, Any]) 
 
     started = time.perf_counter()
     # on a CPU the newer way to draw random numbers takes up to ten times as long to compile
-    with jax.threefry_partitionable(False):
+    with jax.threefry_partitionable(False), optimizing(not configuration["quick"]):
         found = experiment.measure(configuration, part)
     if taken := part.keys() & found.keys():
         raise ValueError(f"measure returned {sorted(taken)}, which tell the part {part} apart: name them otherwise")
     return {**part, **found, "seconds": round(time.perf_counter() - started, 2)}
+
+
+@contextlib.contextmanager
+def optimizing(wanted: bool) -> Iterator[None]:
+    """Programs compiled in the block are optimized only if `wanted`: a quick run does little but compile."""
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", before or not wanted)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def find(rows: list[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
