@@ -63,6 +63,8 @@ class Results:
 
     def save(self, out: Path, figure: Callable[["Results"], Any]) -> list[Path]:
         """Writes `<out>/<name>.json`, `.csv`, `.png` and `.svg`, each whole or not at all; returns the paths."""
+        from experiments import plots
+
         paths = self.write(out)
         drawn = figure(self)
         for suffix in (".png", ".svg"):
@@ -71,6 +73,7 @@ class Results:
                 # no date inside, so that the same results give the same bytes
                 metadata = {"Date": None} if suffix == ".svg" else {}
                 drawn.savefig(temporary, format=suffix[1:], metadata=metadata)
+        plots.close(drawn)
         return paths
 
     def write(self, out: Path) -> list[Path]:

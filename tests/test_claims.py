@@ -9,7 +9,7 @@ import matplotlib.figure
 import numpy as np
 import pytest
 
-from experiments import catalog, study
+from experiments import catalog, plots, study
 from experiments.__main__ import main
 from experiments.claim import Claim, Rule, interval, judge, number, shown
 from experiments.record import Options, Results, plain
@@ -38,6 +38,7 @@ def test_quick_run(name, tmp_path):
     assert json.loads(paths[0].read_text())["rows"] == results.rows
     assert study.table(results).row_count == len(experiment.CLAIMS)
     figure = experiment.figure(results)
+    plots.close(figure)
     assert isinstance(figure, matplotlib.figure.Figure)
     assert figure.get_figwidth() <= 7.5  # inches: what a page is wide
 
