@@ -59,13 +59,6 @@ def pyplot() -> Any:
     return pyplot
 
 
-def close(figure: Any) -> None:
-    """Frees a figure that is drawn; pyplot keeps it otherwise."""
-    from matplotlib import pyplot
-
-    pyplot.close(figure)
-
-
 def band(axes: Any, x: Any, mean: Any, deviation: Any, color: str, **line: Any) -> None:
     """A curve, and mean ± deviation as a band around it."""
     axes.plot(x, mean, color=color, **line)

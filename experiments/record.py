@@ -63,7 +63,7 @@ class Results:
 
     def save(self, out: Path, figure: Callable[["Results"], Any]) -> list[Path]:
         """Writes `<out>/<name>.json`, `.csv`, `.png` and `.svg`, each whole or not at all; returns the paths."""
-        from experiments import plots
+        from matplotlib import pyplot
 
         paths = self.write(out)
         drawn = figure(self)
@@ -73,7 +73,7 @@ class Results:
                 # no date inside, so that the same results give the same bytes
                 metadata = {"Date": None} if suffix == ".svg" else {}
                 drawn.savefig(temporary, format=suffix[1:], metadata=metadata)
-        plots.close(drawn)
+        pyplot.close(drawn)  # which keeps it open otherwise
         return paths
 
     def write(self, out: Path) -> list[Path]:

@@ -38,7 +38,7 @@ def test_quick_run(name, tmp_path):
     assert json.loads(paths[0].read_text())["rows"] == results.rows
     assert study.table(results).row_count == len(experiment.CLAIMS)
     figure = experiment.figure(results)
-    plots.close(figure)
+    plots.pyplot().close(figure)
     assert isinstance(figure, matplotlib.figure.Figure)
     assert figure.get_figwidth() <= 7.5  # inches: what a page is wide
 
