@@ -36,25 +36,27 @@ def representative(view: View, dtype: str) -> dict[str, tuple[Launch, tuple[str,
     """Launches, with their input dtypes."""
     plain = Problem(view, dtype, view.rows)
     fused = plain._replace(residual=True, activation="silu")
-    full = Mask("full")
+    full, of_rows = Mask("full"), Mask("rows", period=view.rows)
     sums = (dtype, *VECTORS, dtype, "bool", dtype)
     moved = (dtype, *VECTORS, "float32", dtype, "bool", dtype, "float32", "float32")
     return {
         "moments": (launches.moments(plain, PROCESSORS), (dtype, "bool")),
         "moments, full mask": (launches.moments(plain._replace(mask=full), PROCESSORS), (dtype, "bool")),
-        "moments, mask of rows": (
-            launches.moments(plain._replace(mask=Mask("rows", period=view.rows)), PROCESSORS),
-            (dtype, "bool"),
-        ),
+        "moments, mask of rows": (launches.moments(plain._replace(mask=of_rows), PROCESSORS), (dtype, "bool")),
         "apply": (launches.apply(plain, dtype, PROCESSORS), (dtype, *VECTORS, dtype)),
         "apply, residual, silu": (launches.apply(fused, dtype, PROCESSORS), (dtype, *VECTORS, dtype)),
         "sums": (launches.gradient_sums(plain, None, PROCESSORS), sums),
         "sums, relu": (launches.gradient_sums(plain._replace(activation="relu"), None, PROCESSORS), sums),
         "sums, residual, silu": (launches.gradient_sums(fused, dtype, PROCESSORS), sums),
+        "sums, mask of rows": (launches.gradient_sums(plain._replace(mask=of_rows), None, PROCESSORS), sums),
         "input": (launches.gradient_input(plain, dtype, None, PROCESSORS), moved),
         "input, relu": (launches.gradient_input(plain._replace(activation="relu"), dtype, None, PROCESSORS), moved),
         "input, mask, residual, silu": (
             launches.gradient_input(fused._replace(mask=full, weight=True), dtype, dtype, PROCESSORS),
+            moved,
+        ),
+        "input, mask of rows": (
+            launches.gradient_input(plain._replace(mask=of_rows, weight=True), dtype, None, PROCESSORS),
             moved,
         ),
     }

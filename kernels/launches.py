@@ -94,7 +94,7 @@ def gradient_sums(problem: Problem, kept: str | None, processors: int, tiling: T
     Outputs: Σz̄, Σz̄x̂, z̄ (of the dtype `kept`, if any), scratch, scratch.
     """
     view = problem.view
-    resident = 2 if problem.activation else 3
+    resident = 2 if problem.activation or problem.mask else 3
     unroll = 1 if problem.residual and problem.activation else 2
     tiling = tiling or _tiling(problem, processors, 2048, resident)
     vector = Output((view.batch, view.channels), "float32")

@@ -6,6 +6,8 @@ WARPS = 8  # of a program with a whole tile
 # Each program reads its channels' vectors and writes their partial results, some 11 numbers a channel over the passes
 # of x's size. Programs are few enough to keep that under 1.6 % of x.
 BYTES_PER_CHANNEL_OF_A_PROGRAM = 700
+# A mask of rows has three numbers more in the partial results, and is itself read again by each block of channels.
+BYTES_WITH_A_MASK_OF_ROWS = 1600
 
 
 class View(NamedTuple):
@@ -53,9 +55,10 @@ def choose(
     another to end.
     """
     size = view.size * itemsize
+    cost = BYTES_WITH_A_MASK_OF_ROWS if mask_of_rows else BYTES_PER_CHANNEL_OF_A_PROGRAM
 
     def affordable(width):
-        return min(resident * processors, size // (BYTES_PER_CHANNEL_OF_A_PROGRAM * width))
+        return min(resident * processors, size // (cost * width))
 
     if view.inner == 1:
         narrow, wide = 64 // itemsize, 128 // itemsize
