@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jbn._device import GPUS, INSTALL, gpu
-from jbn._plan import Plan
+from jbn._plan import Plan, size_in_bytes
 
 
 class Win(NamedTuple):
@@ -140,15 +140,11 @@ def layout(plan: Plan, x) -> str:
 
 
 def describe(plan: Plan, x) -> str:
-    return f"{jnp.dtype(x.dtype).name}, channels {layout(plan, x)}, {_bytes(x)} bytes"
+    return f"{jnp.dtype(x.dtype).name}, channels {layout(plan, x)}, {size_in_bytes(x)} bytes"
 
 
 def _covers(win: Win, plan: Plan, x) -> bool:
-    return (win.dtype, win.layout) == (jnp.dtype(x.dtype).name, layout(plan, x)) and _bytes(x) >= win.size
-
-
-def _bytes(x) -> int:
-    return x.size * jnp.dtype(x.dtype).itemsize
+    return (win.dtype, win.layout) == (jnp.dtype(x.dtype).name, layout(plan, x)) and size_in_bytes(x) >= win.size
 
 
 def _release(version: str) -> tuple[int, ...]:

@@ -48,6 +48,11 @@ def row_count(plan: Plan, x) -> int:
     return math.prod(x.shape[a] for a in rows(plan, x.ndim))
 
 
+def size_in_bytes(value) -> int:
+    """What an array, or a description of one, takes in memory."""
+    return math.prod(value.shape) * jnp.dtype(value.dtype).itemsize
+
+
 def compute_dtype(dtype) -> jnp.dtype:
     """float32, or float64 for float64: what statistics and arithmetic use."""
     return jnp.dtype("float64" if jnp.dtype(dtype) == jnp.float64 else "float32")

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import core
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import NamedSharding, SingleDeviceSharding
@@ -15,7 +14,7 @@ from jbn import _check, _dispatch, _sent
 from jbn._collectives import Sync
 from jbn._device import GPUS, default_platform, gpu
 from jbn._partition import full, ways
-from jbn._plan import Plan, compute_dtype
+from jbn._plan import Plan, compute_dtype, size_in_bytes
 from jbn._sent import Collective
 from jbn._virtual import check_virtual
 from jbn.functional import Activation, BNParams, BNState, Implementation, bn_eval, bn_train
@@ -162,7 +161,7 @@ def explain(
     notes += [f"axis {a} of x, {whole.shape[a]} long, is not divided evenly: it is gathered" for a in gathered]
     if platform in GPUS and not gpu(platform).here:
         notes.append(f"no such GPU is here: a forecast for one of {gpu(platform).processors} multiprocessors")
-    one, masked = _bytes(vector), mask is not None
+    one, masked = size_in_bytes(vector), mask is not None
     if names:
         ((sync, virtual),) = sharing
         sent = _sent.by_name(sync, virtual, one, masked)
@@ -258,10 +257,10 @@ def _floor(piece: _Piece) -> int:
         # ȳ is the residual's cotangent as it is; with statistics given x̄ is ȳ scaled
         unread = [residual, residual] if residual is not None else []
         unread += [] if plan.centred else [x, *([] if mask is None else [mask])]
-        return sum(map(_bytes, tensors)) - sum(map(_bytes, unread))
+        return sum(map(size_in_bytes, tensors)) - sum(map(size_in_bytes, unread))
     elif name == "gradient_sums" and plan.activation is None and operands[2] is not None:
         tensors.remove(operands[2])
-    return sum(map(_bytes, tensors))
+    return sum(map(size_in_bytes, tensors))
 
 
 def _axes(names: tuple[str, ...], size: int | None) -> list[tuple[str, int]]:
@@ -297,10 +296,6 @@ def _part(value, whole, parts: list[int]) -> jax.ShapeDtypeStruct:
         return value  # which `bn_train` refuses, with the reason
     shape = [n // p if n == size else n for n, size, p in zip(value.shape, whole.shape, parts, strict=True)]
     return jax.ShapeDtypeStruct(tuple(shape), value.dtype)
-
-
-def _bytes(value) -> int:
-    return math.prod(value.shape) * jnp.dtype(value.dtype).itemsize
 
 
 def _size(count: int) -> str:
