@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from experiments.catalog import names
 from experiments.record import CHECKOUT, environment, plain, replacing
 
 # what an experiment's numbers depend on besides its own file and the packages' versions
@@ -24,18 +25,11 @@ JUDGED = ("CLAIMS", "CAPTION", "effects", "figure")  # of an experiment's file: 
 def code(path: Path, without: tuple[str, ...] = ()) -> str:
     """Digest of a file's code: comments, docstrings, layout and what is defined `without` make no difference."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    tree.body = [node for node in tree.body if not set(without) & set(_defined(node))]
+    tree.body = [node for node in tree.body if not set(without) & set(names(node))]
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
             node.body = node.body[1:]
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
-
-
-def _defined(node: ast.stmt) -> list[str]:
-    if isinstance(node, ast.FunctionDef):
-        return [node.name]
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-    return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
 # once, as this process starts: what is imported now is what will run, whatever happens to the files meanwhile

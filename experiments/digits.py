@@ -15,13 +15,12 @@ from jax import Array
 
 from experiments.data import Split
 from experiments.data.digits import load_digits
-from experiments.models import DigitsCNN
-from experiments.plots import BLUE, DASHES, GAP, GREY, VERMILION, band, pyplot
+from experiments.models import NORMS, DigitsCNN
+from experiments.plots import BLUE, DASHES, GAP, GREY, NORM_COLORS, VERMILION, band, pyplot
 from experiments.record import Options, Results, progress
 from experiments.train import History, Schedule, train, wait
 
-NETWORKS = {"batch norm": DigitsCNN(), "no norm": DigitsCNN(norm=None)}
-COLORS = dict(zip(NETWORKS, (BLUE, VERMILION), strict=True))
+NETWORKS = {name: DigitsCNN(norm) for name, norm in NORMS.items()}
 LEARNING_RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
 SEEDS = 5
 SCHEDULE = Schedule(steps=200, batch_size=64, evaluate_every=10)
@@ -141,7 +140,7 @@ def figure(results: Results) -> Any:
     for axes, rate in zip(panels, rates, strict=True):
         axes.set_title(f"learning rate {rate:g}")
         axes.axhline(100 * TARGET, color=GREY, linewidth=0.8, linestyle=DASHES)
-        for network, color in COLORS.items():
+        for network, color in NORM_COLORS.items():
             if (network, rate) in rows:
                 curves = 100 * np.array(rows[network, rate]["test_accuracy"])
                 steps = told["evaluate_every"] * np.arange(1, curves.shape[1] + 1)
@@ -155,7 +154,7 @@ def figure(results: Results) -> Any:
 
     final, speed = below.subplots(1, 2)
     never = 1.1 * total  # where the seeds that did not reach the target are drawn
-    for network, color, shift in zip(COLORS, COLORS.values(), (0.91, 1.1), strict=True):
+    for network, color, shift in zip(NORM_COLORS, NORM_COLORS.values(), (0.91, 1.1), strict=True):
         done = [rows[network, rate] for rate in rates if (network, rate) in rows]
         for row in done:
             x = shift * row["learning_rate"] * np.geomspace(0.94, 1.06, row["seeds"])

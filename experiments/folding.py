@@ -18,7 +18,7 @@ from experiments.models import ResNet50
 from experiments.plots import BLUE, GREY, pyplot
 from experiments.record import Options, Results, cores, progress
 from experiments.speed import ENVIRONMENT as ENVIRONMENT
-from experiments.speed import take_turns
+from experiments.speed import row, take_turns
 
 BASELINE, FOLDED = "not folded", "folded"
 CASES = [case(8, 64, 64, 3), case(1, 224, 224, 3), case(8, 224, 224, 3)]
@@ -56,7 +56,7 @@ def run(options: Options, results: Results) -> None:
             steps = {name: step(apply, weights, images) for name, (apply, weights) in candidates.items()}
             check(each, steps)
             times = take_turns(steps, turns, rng)
-            results.rows += [row(each, name, times) for name in steps]
+            results.rows += [row(each, name, times, BASELINE) for name in steps]
 
 
 def trained(model: ResNet50, rng: np.random.Generator) -> Any:
@@ -77,22 +77,6 @@ def check(each: Case, steps: dict[str, Callable[[], Any]]) -> None:
     error = np.abs(got - want).max() / np.abs(want).max()
     if not error < TOLERANCE:
         raise RuntimeError(f"folded and not folded differ on {each.name}: {error:.1e} relative")
-
-
-def row(each: Case, name: str, times: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Median and quartiles of a model's milliseconds, and of its speed over that of the model not folded."""
-    low, median, high = np.quantile(1e3 * times[name], (0.25, 0.5, 0.75))
-    slow, speed, fast = np.quantile(times[BASELINE] / times[name], (0.25, 0.5, 0.75))
-    return {
-        "case": each.name,
-        "candidate": name,
-        "milliseconds": float(median),
-        "milliseconds_lower_quartile": float(low),
-        "milliseconds_upper_quartile": float(high),
-        "speedup": float(speed),
-        "speedup_lower_quartile": float(slow),
-        "speedup_upper_quartile": float(fast),
-    }
 
 
 def table(results: Results) -> Any:

@@ -16,6 +16,7 @@ from jbn.linen import BatchNorm
 from jbn.nnx import BatchNorm as NnxBatchNorm
 
 MOMENTUM, EPSILON = 0.9, 1e-5
+NORMS = {"batch norm": BatchNorm, "no norm": None}  # what most experiments compare
 
 
 def patches_convolution(x: Array, kernel: Array, strides: Sequence[int], padding: Any, **_: Any) -> Array:

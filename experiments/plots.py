@@ -12,6 +12,7 @@ BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY = (
     "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9",
 )  # fmt: skip
 INK, GREY, FAINT = "#222222", "#6B6B6B", "#D9D9D9"
+NORM_COLORS = {"batch norm": BLUE, "no norm": VERMILION}
 DASHES = (0, (4, 3))
 GAP = {"wspace": 0.09}  # between small multiples
 

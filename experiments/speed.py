@@ -12,7 +12,7 @@ a training step of ResNet-50, within `--minutes`.
 
 import importlib.metadata
 import importlib.util
-import math
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -194,9 +194,9 @@ def take_turns(steps: dict[str, Step], turns: int, rng: np.random.Generator) -> 
     return {name: np.array(seconds) for name, seconds in times.items()}
 
 
-def row(case: Case, name: str, times: dict[str, np.ndarray]) -> dict[str, Any]:
+def row(case: Case, name: str, times: dict[str, np.ndarray], baseline: str = BASELINE) -> dict[str, Any]:
     """Median and quartiles of a candidate's milliseconds, and of its speed over the baseline's."""
-    milliseconds, speedup = 1e3 * times[name], times[BASELINE] / times[name]
+    milliseconds, speedup = 1e3 * times[name], times[baseline] / times[name]
     low, median, high = np.quantile(milliseconds, (0.25, 0.5, 0.75))
     slow, speed, fast = np.quantile(speedup, (0.25, 0.5, 0.75))
     return {
@@ -213,7 +213,7 @@ def row(case: Case, name: str, times: dict[str, np.ndarray]) -> dict[str, Any]:
 
 def overall(rows: list[dict[str, Any]], name: str) -> float:
     """Geometric mean over cases of a candidate's median speedup."""
-    return math.exp(np.mean([math.log(row["speedup"]) for row in rows if row["candidate"] == name]))
+    return statistics.geometric_mean(row["speedup"] for row in rows if row["candidate"] == name)
 
 
 def table(results: Results) -> Any:

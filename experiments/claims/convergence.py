@@ -19,8 +19,8 @@ from jax import Array
 from experiments.claim import Claim, Rule
 from experiments.data import Split
 from experiments.data.digits import load_digits
-from experiments.models import MLP, BatchNorm
-from experiments.plots import BLUE, DASHES, GREY, VERMILION, lines, name, pyplot
+from experiments.models import MLP, NORMS
+from experiments.plots import DASHES, GREY, NORM_COLORS, lines, name, pyplot
 from experiments.study import find
 from experiments.train import Schedule, seeds, train, wait
 
@@ -47,9 +47,7 @@ CAPTION = (
     "mean over seeds with its 95 % interval."
 )
 ACTIVATIONS = {"sigmoid": nn.sigmoid, "relu": nn.relu}
-NORMS = {"batch norm": BatchNorm, "no norm": None}
 LABELS = {"batch norm": 82, "no norm": 25}  # per cent: clear of the curves
-COLORS = {"batch norm": BLUE, "no norm": VERMILION}
 
 
 def configuration(quick: bool) -> dict[str, Any]:
@@ -120,7 +118,7 @@ def figure(results: Any) -> Any:
         axes.axhline(100 * told["target"], color=GREY, linewidth=0.8, linestyle=DASHES)
         total = told["steps"][activation]
         steps = np.arange(told["evaluate_every"], total + 1, told["evaluate_every"])
-        for network, color in COLORS.items():
+        for network, color in NORM_COLORS.items():
             row = find(results.rows, activation=activation, network=network)
             index = best(row, told)
             curves = 100 * np.array(row["accuracy"])[told["choosing_seeds"] :, index]

@@ -27,8 +27,8 @@ from jax import Array
 from experiments.claim import Claim, Rule, interval
 from experiments.data import Split
 from experiments.data.digits import load_digits
-from experiments.models import MLP, BatchNorm
-from experiments.plots import BLUE, DASHES, GREY, INK, ORANGE, VERMILION, decades, key, lines, name, pyplot
+from experiments.models import MLP, NORMS
+from experiments.plots import BLUE, DASHES, GREY, INK, NORM_COLORS, ORANGE, VERMILION, decades, key, lines, name, pyplot
 from experiments.study import find
 from experiments.train import cross_entropy, seeds, wait
 from jbn import BNParams, bn_init, bn_train
@@ -68,7 +68,6 @@ DIGITS = {
     "sigmoid": (nn.sigmoid, nn.initializers.lecun_normal()),
     "relu": (nn.relu, nn.initializers.he_normal()),
 }
-NORMS = {"batch norm": BatchNorm, "no norm": None}
 THEORIES = {"relu": (jax.nn.relu, ORANGE), "linear": (lambda x: x, INK)}
 
 
@@ -189,7 +188,7 @@ def figure(results: Any) -> Any:
 def draw_digits(axes: Any, results: Any) -> None:
     layers = np.arange(1, 1 + results.configuration["layers"])
     for activation, style in (("sigmoid", "solid"), ("relu", DASHES)):
-        for network, color in (("batch norm", BLUE), ("no norm", VERMILION)):
+        for network, color in NORM_COLORS.items():
             row = find(results.rows, data="digits", activation=activation, network=network)
             found = np.array(row["log_square"])
             lines(axes, layers, (found - found[:, -1:]) / 2 / np.log(10), color, linestyle=style)

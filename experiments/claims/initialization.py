@@ -27,8 +27,8 @@ from jax import Array
 from experiments.claim import Claim, Rule
 from experiments.data import Split
 from experiments.data.digits import load_digits
-from experiments.models import MLP, BatchNorm
-from experiments.plots import BLUE, DASHES, GREY, VERMILION, lines, name, pyplot
+from experiments.models import MLP, NORMS
+from experiments.plots import BLUE, DASHES, GREY, NORM_COLORS, VERMILION, lines, name, pyplot
 from experiments.study import find
 from experiments.train import Schedule, seeds, train, wait
 
@@ -54,8 +54,6 @@ CAPTION = (
     "own best learning rate; dashed, the accuracy that counts as trained. Right: all scales at the rate that is best "
     "at scale 1. Mean over seeds with its 95 % interval."
 )
-NORMS = {"batch norm": BatchNorm, "no norm": None}
-COLORS = {"batch norm": BLUE, "no norm": VERMILION}
 
 
 def configuration(quick: bool) -> dict[str, Any]:
@@ -125,7 +123,7 @@ def figure(results: Any) -> Any:
     told = results.configuration
     fig, panels = pyplot().subplots(1, 2, figsize=(7.2, 3.2), sharey=True, layout="constrained")
     for axes, chosen in zip(panels, (tuned, untuned), strict=True):
-        for network, color in COLORS.items():
+        for network, color in NORM_COLORS.items():
             lines(axes, scales(told), 100 * chosen(find(results.rows, network=network), told), color)
         axes.set(xscale="log", xlabel="scale of the initial weights", xticks=10.0 ** np.arange(-3, 4), ylim=(0, 100))
     panels[0].axhline(100 * told["target"], color=GREY, linewidth=0.8, linestyle=DASHES)

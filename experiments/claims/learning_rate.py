@@ -26,8 +26,8 @@ from jax import Array
 from experiments.claim import Claim, Rule
 from experiments.data import Split
 from experiments.data.digits import load_digits
-from experiments.models import MLP, BatchNorm
-from experiments.plots import BLUE, DASHES, GREY, VERMILION, lines, name, pyplot
+from experiments.models import MLP, NORMS
+from experiments.plots import DASHES, GREY, NORM_COLORS, lines, name, pyplot
 from experiments.study import find
 from experiments.train import Schedule, seeds, train, wait
 
@@ -61,8 +61,6 @@ CAPTION = (
     "its 95 % interval. Diverged runs count with the loss of a guess and no right answer. Dashed: the loss that counts "
     "as working; dotted: the rate at which both are compared, the best without batch norm."
 )
-NORMS = {"batch norm": BatchNorm, "no norm": None}
-COLORS = {"batch norm": BLUE, "no norm": VERMILION}
 GUESS = float(np.log(10))  # cross-entropy of ten equal chances
 
 
@@ -142,7 +140,7 @@ def figure(results: Any) -> Any:
     told = results.configuration
     measured, grid = slice(told["choosing_seeds"], None), rates(told)
     fig, (losses, accuracies) = pyplot().subplots(1, 2, figsize=(7.2, 3.2), layout="constrained")
-    for network, color in COLORS.items():
+    for network, color in NORM_COLORS.items():
         row = find(results.rows, network=network)
         loss = np.minimum(final_loss(row), GUESS)[measured]
         lines(losses, grid, loss, color)

@@ -26,7 +26,7 @@ from jax import Array
 from experiments.claim import Claim, Rule
 from experiments.data import Split
 from experiments.data.digits import load_digits
-from experiments.models import MLP, BatchNorm
+from experiments.models import MLP, NORMS
 from experiments.plots import BLUE, DASHES, SKY, VERMILION, decades, key, lines, pyplot
 from experiments.study import find
 from experiments.train import Schedule, cross_entropy, seeds, train, wait
@@ -60,7 +60,6 @@ CAPTION = (
     "logarithms over seeds with 95 % intervals. One rate for both networks, the best without batch norm, and (light, "
     "dashed) batch norm at its own."
 )
-NORMS = {"batch norm": BatchNorm, "no norm": None}
 MEASURES = {
     "loss": "range of the loss / nats",
     "gradient": "change of the gradient, ‖Δg‖ / nats",
@@ -114,18 +113,15 @@ def measure(configuration: dict[str, Any], part: dict[str, Any]) -> dict[str, An
 def probe(loss: Any, params: Any, rate: Any, points: int) -> dict[str, Array]:
     """What `loss` does along its gradient g: each of MEASURES at params - s · rate · g, with s over `REACH`."""
 
-    def norm(tree: Any) -> Array:
-        return jnp.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(tree)))
-
     def at(g: Any, reach: Array) -> tuple[Any, tuple[Array, Array]]:
         there = jax.tree.map(lambda value, slope: value - reach * rate * slope, params, g)
         value, gradient = jax.value_and_grad(loss)(there)
         g = jax.tree.map(lambda first, now: jnp.where(reach == 0, now, first), g, gradient)
-        return g, (value, norm(jax.tree.map(jnp.subtract, gradient, g)))
+        return g, (value, optax.tree.norm(jax.tree.map(jnp.subtract, gradient, g)))
 
     reaches = jnp.concatenate([jnp.zeros(1), jnp.linspace(*REACH, points)])  # the first finds g itself
     g, (values, changes) = jax.lax.scan(at, jax.tree.map(jnp.zeros_like, params), reaches)
-    reaches, values, changes, steepness = reaches[1:], values[1:], changes[1:], norm(g)
+    reaches, values, changes, steepness = reaches[1:], values[1:], changes[1:], optax.tree.norm(g)
     return {
         "loss": values.max() - values.min(),
         "gradient": changes.max(),

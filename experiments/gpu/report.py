@@ -1,6 +1,6 @@
 """What a GPU's timings say: the table, the figure, and the summary with the marks and the rows for the dispatch."""
 
-import math
+from statistics import geometric_mean
 from typing import Any
 
 from experiments import cases
@@ -50,9 +50,9 @@ def summary(results: Results) -> dict[str, Any]:
             for each in ("forward", "backward", "both"):
                 group = [t for k, t in found.items() if k[1:] == (dtype, fused, each) and k[0] in first]
                 for name in ("flax.linen", "jbn xla", "torch"):
-                    speedups[f"{dtype}, {fused}, {each}, over {name}"] = geometric_mean(
-                        [b / t[OURS] for t in group if OURS in t and (b := best(t, name))]
-                    )
+                    ratios = [b / t[OURS] for t in group if OURS in t and (b := best(t, name))]
+                    if ratios:
+                        speedups[f"{dtype}, {fused}, {each}, over {name}"] = geometric_mean(ratios)
     fractions = {
         name: [
             row["floor_bytes"] * 1e6 / row["microseconds"] / bandwidth
@@ -73,7 +73,7 @@ def summary(results: Results) -> dict[str, Any]:
             for name, each in fractions.items()
             if each
         },
-        "resnet50_batch_256_speedup_geometric_mean": {k: v for k, v in speedups.items() if v is not None},
+        "resnet50_batch_256_speedup_geometric_mean": speedups,
         "behind_flax": behind,
         "wins": wins(results),
         "resnet50_step": {
@@ -110,10 +110,6 @@ def wins(results: Results) -> list[dict[str, Any]]:
         if won:
             found.append({"dtype": dtype, "layout": layout, "size": min(won), "cases": len(won)})
     return found
-
-
-def geometric_mean(values: list[float]) -> float | None:
-    return math.exp(sum(map(math.log, values)) / len(values)) if values else None
 
 
 def table(results: Results) -> Any:
