@@ -29,10 +29,10 @@ def primitive(
     `reference` is written in jax.numpy over pytrees of arrays. It is the primitive's type rule (shapes, dtypes,
     shardings and varying axes follow from tracing it), its lowering, and what is differentiated, unless that is
     another function, `derivative`, equal to it wherever a derivative is to be had. Where it reduces over rows,
-    `combine(plan, x, out, names)` merges what devices found of their own rows, over mesh axes `names`. With `kernel`,
-    `jbn._triton` has a function of its name, that takes its place on a GPU where `_dispatch` says so. `transpose` is
-    the rule of one that is linear in some operands: `(cotangents, *flat, tree, plan)`, as jax asks for it. With
-    `shared` the outputs are the same for all who share statistics, so that a vmap which names them leaves it unmapped.
+    `combine(plan, x, out, names)` merges what devices found of their own rows, over mesh axes `names`. With
+    `kernel`, `jbn._triton` has a function of its name, that takes its place on a GPU where `_dispatch` says so. `transpose` is the rule of one that is linear in some operands:
+    `(cotangents, *flat, tree, plan)`, as jax asks for it. With `shared` the outputs are the same for all who share
+    statistics, so that a vmap which names them leaves it unmapped.
 
     Returns:
       `bind(plan, *operands)`, which calls it on pytrees (None where an operand is absent) and returns the list of its
@@ -79,22 +79,28 @@ def primitive(
 
     def lowering(ctx, *values, tree, plan, function=reference):
         local = functools.partial(run, tree=tree, plan=plan, function=function)
-        sharding = ctx.avals_in[0].sharding
-        if plan.sharded and (combine or function is not reference) and not _asks_exported_code(ctx, sharding):
+        if (combine or function is not reference) and _splits(ctx, plan):
             merge = functools.partial(combine, plan) if combine else None
-            local = split(local, merge, plan, sharding)
+            local = split(local, merge, plan, ctx.avals_in[0].sharding)
         return mlir.lower_fun(local, multiple_results=True)(ctx, *values)
 
     def gpu_lowering(platform, ctx, *values, tree, plan):
-        choice = _dispatch.choose(name, plan, platform, *jax.tree.unflatten(tree, ctx.avals_in))
-        function = _dispatch.kernels(name, platform) if choice.implementation == "triton" else reference
+        def chosen(plan, *operands):
+            # by what these are: inside a split, a device's part
+            triton = _dispatch.choose(name, plan, platform, *operands).implementation == "triton"
+            return (_dispatch.kernels(name, platform) if triton else reference)(plan, *operands)
+
+        operands = jax.tree.unflatten(tree, ctx.avals_in)
+        if plan.implementation == "triton":
+            _dispatch.choose(name, plan, platform, *operands)  # raises here, not while the compiler splits
+        function = chosen if _dispatch.may_use_kernels(plan, operands[0]) else reference
         return lowering(ctx, *values, tree=tree, plan=plan, function=function)
 
     def other_lowering(ctx, *values, tree, plan):
         if kernel and plan.implementation == "triton":
             platforms = ", ".join(ctx.platforms or ctx.module_context.platforms)
             raise NotImplementedError(
-                f"implementation='triton' needs a CUDA GPU, and this is compiled for {platforms}: use "
+                f"implementation='triton' needs a CUDA or ROCm GPU, and this is compiled for {platforms}: use "
                 f"implementation='xla', or None, which works on every device; for a GPU, {INSTALL}"
             )
         return lowering(ctx, *values, tree=tree, plan=plan)
@@ -118,9 +124,13 @@ def primitive(
     return bind
 
 
-def _asks_exported_code(ctx, sharding) -> bool:
-    """Whether a split would call back into this process, which exported code cannot: then XLA splits by itself."""
-    return ctx.module_context.lowering_parameters.for_export and not is_typed(sharding)
+def _splits(ctx, plan) -> bool:
+    """Whether each device gets its own part of x by rules of ours.
+
+    Over an automatic mesh they call back into this process, which exported code cannot: there XLA splits by itself.
+    """
+    exported = ctx.module_context.lowering_parameters.for_export
+    return plan.sharded and (is_typed(ctx.avals_in[0].sharding) or not exported)
 
 
 def _to_front(value: jax.Array, dim: int | None, size: int) -> jax.Array:

@@ -217,7 +217,8 @@ def test_float64_has_no_kernel():
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_other_platforms_raise(platform):
-    with pytest.raises(NotImplementedError, match=rf"needs a CUDA GPU, and this is compiled for {platform}: use"):
+    message = rf"needs a CUDA or ROCm GPU, and this is compiled for {platform}: use"
+    with pytest.raises(NotImplementedError, match=message):
         kernels(train("triton"), PARAMS, X, X, platform=platform)
 
 

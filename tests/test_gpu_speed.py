@@ -59,7 +59,7 @@ def test_rows(finished):
     assert found.keys() == wanted
     for (_, name, _), row in found.items():
         if name == "jbn triton":
-            assert row["error"].startswith("NotImplementedError: implementation='triton' needs a CUDA GPU")
+            assert row["error"].startswith("NotImplementedError: implementation='triton' needs a CUDA or ROCm GPU")
             assert row["microseconds"] is None
         else:
             assert row["error"] is None

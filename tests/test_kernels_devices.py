@@ -43,19 +43,19 @@ def data():
     return x, residual, dy, scale, bias, mask
 
 
-def step(x, residual, dy, scale, bias, mask, axis_name=None):
+def step(x, residual, dy, scale, bias, mask, axis_name=None, implementation="triton"):
     """y, new state, and gradients of x, residual, scale and bias."""
     _, state = jbn.bn_init(SHAPE[-1])
 
     def f(x, residual, scale, bias):
-        options = dict(activation="relu", axis_name=axis_name, implementation="triton")
+        options = dict(activation="relu", axis_name=axis_name, implementation=implementation)
         return jbn.bn_train(jbn.BNParams(scale, bias), state, x, mask=mask, residual=residual, **options)
 
     y, pull, state = jax.vjp(f, x, residual, scale, bias, has_aux=True)
     return y, state, pull(dy)
 
 
-def spread(way, devices):
+def spread(way, devices, implementation="triton"):
     """The step in one of the ways, the mesh, and placed arguments."""
     kind = AxisType.Explicit if way == "explicit" else AxisType.Auto
     mesh = jax.make_mesh((8,), ("d",), axis_types=(kind,), devices=devices)
@@ -63,11 +63,11 @@ def spread(way, devices):
     specs = (rows, rows, rows, whole, whole, rows)
     given = [jax.device_put(v, NamedSharding(mesh, spec)) for v, spec in zip(data(), specs, strict=True)]
     if not way.startswith("shard_map"):
-        return jax.jit(step), mesh, given
+        return jax.jit(functools.partial(step, implementation=implementation)), mesh, given
     checked = way == "shard_map"
 
     def local(*args):
-        y, state, (dx, dresidual, dscale, dbias) = step(*args, axis_name="d")
+        y, state, (dx, dresidual, dscale, dbias) = step(*args, axis_name="d", implementation=implementation)
         if not checked:  # checked, JAX sums the gradients of what is the same everywhere by itself
             dscale, dbias = jax.lax.psum((dscale, dbias), "d")
         return y, state, (dx, dresidual, dscale, dbias)
@@ -88,6 +88,21 @@ def test_kernels_are_called_on_the_part_of_a_device(way, devices):
     called = [place for place, collective in enumerate(order) if not collective]
     assert order[called[0] : called[1]] == ["", "all_gather"]
     assert "all_reduce" in order[called[2] : called[3]]
+
+
+@pytest.mark.parametrize("size, calls", [(0, 4), (1 + 4 * 2 * 4 * 8, 0)], ids=["won", "too small"])
+def test_the_default_goes_by_the_part_of_a_device(size, calls, devices, monkeypatch):
+    """x is large enough in either case, its parts in one."""
+    win = _dispatch.Win("NVIDIA H100", "float32", "last", size, "results.json")
+    monkeypatch.setattr(_dispatch, "WINS", (win,))
+    jax.clear_caches()  # `jit` knows nothing of the table
+    f, mesh, given = spread("explicit", devices, implementation=None)
+    with jax.set_mesh(mesh):
+        text = f.trace(*given).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@triton_kernel_call") == calls
+    told = jbn.explain(given[0], mask=given[-1], residual=given[1], activation="relu", platform="cuda")
+    assert told.implementation == ("triton" if calls else "xla")
+    jax.clear_caches()
 
 
 def interpreted(launch, *arrays):
