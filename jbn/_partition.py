@@ -41,7 +41,8 @@ def _by_type(merged: Callable, local: Callable, plan: Plan, sharding) -> Callabl
 
     def run(*flat):
         shape = flat[0].shape
-        found = [_spec(plan, sharding.spec, shape, o.shape) for o in jax.eval_shape(local, *flat)]
+        unsplit = [jax.ShapeDtypeStruct(value.shape, value.dtype) for value in flat]
+        found = [_spec(plan, sharding.spec, shape, o.shape) for o in jax.eval_shape(local, *unsplit)]
         given = [_spec(plan, sharding.spec, shape, value.shape) for value in flat]
         return jax.shard_map(
             partial(merged, _row_names(plan, sharding.spec)),

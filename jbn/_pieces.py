@@ -4,7 +4,7 @@ import jax
 from jax.interpreters import ad
 from jax.sharding import NamedSharding
 
-from jbn import _xla
+from jbn import _cpu, _xla
 from jbn._collectives import Sync, add_across
 from jbn._dispatch import may_use_kernels
 from jbn._merge import Moments, merge_across
@@ -61,9 +61,11 @@ def _typed(cotangent, operand):
     return cotangent if found.spec == wanted else jax.reshard(cotangent, NamedSharding(found.mesh, wanted))
 
 
-moments = primitive("moments", _xla.moments, combine=_merge_devices, kernel=True)
+moments = primitive("moments", _xla.moments, combine=_merge_devices, cpu=_cpu.moments, kernel=True)
 apply = primitive("apply", _xla.apply, derivative=_xla.apply_masked, kernel=True)
-gradient_sums = primitive("gradient_sums", _xla.gradient_sums, combine=_add_devices, kernel=True)
+gradient_sums = primitive(
+    "gradient_sums", _xla.gradient_sums, combine=_add_devices, cpu=_cpu.gradient_sums, kernel=True
+)
 gradient_sums_keeping = primitive(
     "gradient_sums_keeping", _xla.gradient_sums_keeping, combine=_add_devices, kernel=True
 )

@@ -20,6 +20,7 @@ def primitive(
     *,
     derivative: Callable | None = None,
     combine: Callable | None = None,
+    cpu: Callable | None = None,
     kernel: bool = False,
     transpose: Callable | None = None,
     shared: bool = False,
@@ -29,8 +30,9 @@ def primitive(
     `reference` is written in jax.numpy over pytrees of arrays. It is the primitive's type rule (shapes, dtypes,
     shardings and varying axes follow from tracing it), its lowering, and what is differentiated, unless that is
     another function, `derivative`, equal to it wherever a derivative is to be had. Where it reduces over rows,
-    `combine(plan, x, out, names)` merges what devices found of their own rows, over mesh axes `names`. With
-    `kernel`, `jbn._triton` has a function of its name, that takes its place on a GPU where `_dispatch` says so. `transpose` is the rule of one that is linear in some operands:
+    `combine(plan, x, out, names)` merges what devices found of their own rows, over mesh axes `names`. `cpu` takes its
+    place on a CPU where a device has its own part of x. With `kernel`, `jbn._triton` has a function of its name, that
+    takes its place on a GPU where `_dispatch` says so. `transpose` is the rule of one that is linear in some operands:
     `(cotangents, *flat, tree, plan)`, as jax asks for it. With `shared` the outputs are the same for all who share
     statistics, so that a vmap which names them leaves it unmapped.
 
@@ -96,14 +98,19 @@ def primitive(
         function = chosen if _dispatch.may_use_kernels(plan, operands[0]) else reference
         return lowering(ctx, *values, tree=tree, plan=plan, function=function)
 
-    def other_lowering(ctx, *values, tree, plan):
+    def other_lowering(ctx, *values, tree, plan, function=reference):
         if kernel and plan.implementation == "triton":
             platforms = ", ".join(ctx.platforms or ctx.module_context.platforms)
             raise NotImplementedError(
                 f"implementation='triton' needs a CUDA or ROCm GPU, and this is compiled for {platforms}: use "
                 f"implementation='xla', or None, which works on every device; for a GPU, {INSTALL}"
             )
-        return lowering(ctx, *values, tree=tree, plan=plan)
+        return lowering(ctx, *values, tree=tree, plan=plan, function=function)
+
+    def cpu_lowering(ctx, *values, tree, plan):
+        # it cuts x, which XLA would move between devices that it splits x over by itself
+        function = cpu if _splits(ctx, plan) else reference
+        return other_lowering(ctx, *values, tree=tree, plan=plan, function=function)
 
     prim.def_impl(impl)
     prim.def_effectful_abstract_eval(type_rule)
@@ -112,6 +119,8 @@ def primitive(
         ad.primitive_transposes[prim] = transpose
     batching.fancy_primitive_batchers[prim] = batching_rule
     mlir.register_lowering(prim, other_lowering)
+    if cpu:
+        mlir.register_lowering(prim, cpu_lowering, platform="cpu")
     if kernel:
         for platform in GPUS:
             mlir.register_lowering(prim, functools.partial(gpu_lowering, platform), platform=platform)

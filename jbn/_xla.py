@@ -26,10 +26,10 @@ def moments(plan: Plan, x, mask):
     x = x.astype(compute_dtype(x.dtype))
     if mask is None:
         size = math.prod(x.shape[a] for a in axes)
-        pivot = lax.stop_gradient(_typical_row(x, axes))  # the mean does not depend on it
-        mean = pivot + _total(x - pivot, axes) / max(size, 1)
-        m2 = _total(jnp.square(x - mean), axes)
-        return tuple(_vector(plan, v) for v in (mean, m2))
+        pivot = lax.stop_gradient(typical_row(x, axes))  # the mean does not depend on it
+        mean = _vector(plan, pivot) + _vector(plan, _total(x - pivot, axes)) / max(size, 1)
+        m2 = _total(jnp.square(x - _spread(plan, mean, x.ndim)), axes)
+        return mean, _vector(plan, m2)
     # what the mask is 1 along counts as often as x has entries there
     repeats = math.prod(x.shape[a] for a in axes if mask.shape[a] == 1)
     count = jnp.sum(mask, axes, keepdims=True, dtype=jnp.int32).astype(x.dtype) * repeats
@@ -88,12 +88,17 @@ def tangent(plan: Plan, x, coef: Coefficients, residual, mask, moved):
 
 def gradient_sums(plan: Plan, x, coef: Coefficients, residual, mask, dy):
     """`Σ z̄, Σ z̄ · x̂` over the rows of each channel, where z̄ = activation'(z) · ȳ."""
+    dz, centred, rstd = cotangent(plan, x, coef, residual, mask, dy)
+    axes = rows(plan, x.ndim)
+    return _vector(plan, _total(dz, axes)), _vector(plan, _total(dz * centred, axes) * rstd)
+
+
+def cotangent(plan: Plan, x, coef: Coefficients, residual, mask, dy):
+    """z̄ = activation'(z) · ȳ, x − mean, and 1/std at x's rank."""
     map_ = _map(plan, x, coef, jnp.greater_equal)
     dy = _seen(x, dy, mask)
     centred = _centred(x, map_, mask)
-    dz = _through_activation(plan, dy, centred, map_, coef, residual, mask)
-    axes = rows(plan, x.ndim)
-    return _vector(plan, _total(dz, axes)), _vector(plan, _total(dz * centred, axes) * map_.rstd)
+    return _through_activation(plan, dy, centred, map_, coef, residual, mask), centred, map_.rstd
 
 
 def gradient_sums_keeping(plan: Plan, x, coef: Coefficients, residual, mask, dy):
@@ -192,7 +197,7 @@ def _total(values, axes):
     return jnp.sum(values, axes, keepdims=True)
 
 
-def _typical_row(x, axes):
+def typical_row(x, axes):
     """The median of the first, middle and last row: equal to a constant channel's value, and no single outlier."""
     if any(jax.typeof(x).sharding.spec[a] is not None for a in axes):
         return jnp.max(x, axes, keepdims=True)  # a row of an array sharded by an explicit mesh cannot be cut out
