@@ -95,8 +95,11 @@ def gradient_sums(problem: Problem, kept: str | None, processors: int, tiling: T
     """
     view = problem.view
     resident = 2 if problem.activation or problem.mask else 3
-    unroll = 1 if problem.residual and problem.activation else 2
-    tiling = tiling or _tiling(problem, processors, 2048, resident)
+    elements, unroll = 2048, 2
+    if problem.residual and problem.activation:
+        # as many bytes in flight; in float32 a whole tile spills on sm_80
+        elements, unroll = (1024, 2) if problem.dtype == "float32" else (2048, 1)
+    tiling = tiling or _tiling(problem, processors, elements, resident)
     vector = Output((view.batch, view.channels), "float32")
     outputs = (vector, vector, Output(tuple(view), kept) if kept else ABSENT, *_scratch(view, tiling, 2))
     numbers = (float(problem.count), *_numbers(view, tiling), *_mask_numbers(problem.mask))

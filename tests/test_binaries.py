@@ -58,9 +58,10 @@ def test_beyond_32_bits(view):
             check("wide", "bfloat16", name, launch, compile_launch(launch, arrays, "sm_90"))
 
 
+@pytest.mark.parametrize("layout", VIEWS)
 @pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
-def test_other_targets(target):
-    for row in compiled((target,), ("last",), ("bfloat16",)):
+def test_other_targets(target, layout):
+    for row in compiled((target,), (layout,)):
         check(*row)
 
 
