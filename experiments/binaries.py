@@ -6,6 +6,7 @@ read from the binary. The layouts are ResNet's: channels last (32×56×56×256),
 channels first with 7×7 positions, where no row of a channel starts at a multiple of 16 bytes.
 """
 
+import importlib.metadata
 from collections.abc import Iterator
 from typing import Any
 
@@ -76,7 +77,13 @@ def run(options: Options, results: Results) -> None:
     targets, views, dtypes = tuple(TARGETS), tuple(VIEWS), DTYPES
     if options.quick:
         targets, views, dtypes = ("sm_90",), ("last",), ("bfloat16",)
-    results.configuration = {"targets": targets, "layouts": views, "dtypes": dtypes, "quick": options.quick}
+    results.configuration = {
+        "triton": importlib.metadata.version("triton"),
+        "targets": targets,
+        "layouts": views,
+        "dtypes": dtypes,
+        "quick": options.quick,
+    }
     count = len(representative(VIEWS["last"], "float32")) * len(targets) * len(views) * len(dtypes)
     with progress(count) as step:
         for layout, dtype, name, launch, binary in compiled(targets, views, dtypes):
