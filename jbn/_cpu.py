@@ -6,7 +6,6 @@ an eighth of the rows or less, is summed by a matrix product with ones: XLA fuse
 before is computed once.
 """
 
-import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -29,7 +28,7 @@ def moments(plan: Plan, x, mask):
     parts = _parts(plan, x)
     if mask is not None or parts is None:
         return _xla.moments(plan, x, mask)
-    _, wide = _in_rows(plan, x.astype(compute_dtype(x.dtype)))
+    wide = _in_rows(plan, x.astype(compute_dtype(x.dtype)))
     pivot = _xla.typical_row(wide, (plan.batch,))
     shifted = [part - pivot for part in _cut(wide, parts)]
     total, squares = _totals(_sum(shifted), _sum([jnp.square(v) for v in shifted]))
@@ -49,8 +48,8 @@ def gradient_sums(plan: Plan, x, coef: Coefficients, residual, mask, dy):
     parts = _parts(plan, x)
     if mask is not None or parts is None:
         return _xla.gradient_sums(plan, x, coef, residual, mask, dy)
-    view, _ = _in_rows(plan, x)
-    cut = [[None] * parts if v is None else _cut(_in_rows(plan, v)[1], parts) for v in (x, residual, dy)]
+    view = plan._replace(channel=plan.batch + 1)
+    cut = [[None] * parts if v is None else _cut(_in_rows(plan, v), parts) for v in (x, residual, dy)]
     pairs = [_xla.cotangent(view, x, coef, residual, None, dy)[:2] for x, residual, dy in zip(*cut, strict=True)]
     total, product = _totals(_sum([dz for dz, _ in pairs]), _sum([dz * centred for dz, centred in pairs]))
     return total, product * lax.rsqrt(coef.spread / plan.count + coef.epsilon)
@@ -65,10 +64,8 @@ def _parts(plan: Plan, x) -> int | None:
 
 
 def _in_rows(plan: Plan, x):
-    """The plan and x as `(*batch, rows, C)`."""
-    batch = x.shape[: plan.batch]
-    rows = math.prod(x.shape[plan.batch : -1])
-    return plan._replace(channel=plan.batch + 1), x.reshape(*batch, rows, x.shape[-1])
+    """x as `(*batch, rows, C)`."""
+    return x.reshape(*x.shape[: plan.batch], row_count(plan, x), x.shape[-1])
 
 
 def _cut(x, parts: int):
