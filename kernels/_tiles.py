@@ -15,7 +15,7 @@ def program(pid, splits, C, CHANNELS: tl.constexpr):
     blocks = tl.cdiv(C, CHANNELS)
     batch = pid // (splits * blocks)
     rest = pid - batch * (splits * blocks)
-    return batch.to(tl.int64), rest // blocks, rest % blocks
+    return batch, rest // blocks, rest % blocks
 
 
 @triton.jit

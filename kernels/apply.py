@@ -39,7 +39,7 @@ def jbn_apply(
     rows = outer * S
     batch, split, block = program(tl.num_programs(0) - 1 - tl.program_id(0), splits, C, CHANNELS)
     channel = channels_of(block, CHANNELS)
-    start = batch * rows * C
+    start = batch.to(tl.int64) * rows * C
     mean, _, slope, bias = load_map(
         mean_ptr, spread_ptr, epsilon_ptr, scale_ptr, bias_ptr, count, batch, C, channel, HAS_SCALE, HAS_BIAS
     )

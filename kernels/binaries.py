@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
 from jbn.kernels.launches import Launch
 
@@ -25,14 +25,26 @@ class Binary(NamedTuple):
     kernel: str
     target: str
     registers: int  # a thread
-    spilled: int  # bytes of stack a thread on NVIDIA, registers on AMD
+    spilled: int  # bytes of stack a thread; AMD's scalar registers spill into vector ones, which is none
     shared: int  # bytes a program
     loads: tuple[int, ...]  # widths in bytes of accesses to global memory, one for each instruction, ascending
     stores: tuple[int, ...]
 
 
 def compile_launch(launch: Launch, arrays: tuple[str, ...], target: str) -> Binary:
-    """Compiles a launch whose input arrays have these dtypes, 16-byte aligned as XLA's are, as jax-triton does."""
+    """What a launch whose input arrays have these dtypes compiles to."""
+    compiled = compile_only(launch, arrays, target)
+    if target.startswith("sm_"):
+        registers, spilled = _cuda_resources(compiled.asm["cubin"])
+        loads, stores = _cuda_accesses(compiled.asm["ptx"])
+    else:
+        registers, spilled = _hip_resources(compiled.asm["amdgcn"])
+        loads, stores = _hip_accesses(compiled.asm["amdgcn"])
+    return Binary(launch.kernel.__name__, target, registers, spilled, compiled.metadata.shared, loads, stores)
+
+
+def compile_only(launch: Launch, arrays: tuple[str, ...], target: str) -> CompiledKernel:
+    """Compiles a launch for arrays that are 16-byte aligned as XLA's are, as jax-triton does; numbers that are 1 go."""
     kinds = [POINTERS[kind] for kind in arrays]
     kinds += [_number(value) for value in launch.numbers]
     kinds += [POINTERS[output.dtype] for output in launch.outputs]
@@ -46,14 +58,7 @@ def compile_launch(launch: Launch, arrays: tuple[str, ...], target: str) -> Bina
     options = {"num_warps": warps, "enable_fp_fusion": True}
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder
-        compiled = triton.compile(source, target=TARGETS[target], options=options)
-    if target.startswith("sm_"):
-        registers, spilled = _cuda_resources(compiled.asm["cubin"])
-        loads, stores = _cuda_accesses(compiled.asm["ptx"])
-    else:
-        registers, spilled = _hip_resources(compiled.asm["amdgcn"])
-        loads, stores = _hip_accesses(compiled.asm["amdgcn"])
-    return Binary(launch.kernel.__name__, target, registers, spilled, compiled.metadata.shared, loads, stores)
+        return triton.compile(source, target=TARGETS[target], options=options)
 
 
 def _number(value: int | float) -> str:
@@ -86,7 +91,7 @@ def _hip_resources(assembly: str) -> tuple[int, int]:
     def field(name):
         return int(re.search(rf"\.{name}:\s+(\d+)", assembly).group(1))
 
-    return field("vgpr_count"), field("vgpr_spill_count") + field("sgpr_spill_count")
+    return field("vgpr_count"), field("private_segment_fixed_size")
 
 
 def _hip_accesses(assembly: str) -> tuple[tuple[int, ...], tuple[int, ...]]:

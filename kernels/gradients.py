@@ -94,9 +94,9 @@ def jbn_gradient_sums(
     rows = outer * S
     batch, split, block = program(tl.program_id(0), splits, C, CHANNELS)
     channel = channels_of(block, CHANNELS)
-    start = batch * rows * C
+    start = batch.to(tl.int64) * rows * C
     if not SHARED:
-        mask_ptr += batch * (rows * C if MASK == "full" else mask_period)
+        mask_ptr += batch.to(tl.int64) * (rows * C if MASK == "full" else mask_period)
     mean, _, slope, bias = load_map(
         mean_ptr, spread_ptr, epsilon_ptr, scale_ptr, bias_ptr, count, batch, C, channel, HAS_SCALE, HAS_BIAS
     )
@@ -116,22 +116,23 @@ def jbn_gradient_sums(
         total += dz
         product += dz * centred
     total = tl.sum(total, AXIS)
-    # loaded again, rather than kept in registers all along
-    rstd = load_rstd(spread_ptr, epsilon_ptr, count, batch, C, channel)
-    product = tl.sum(product, AXIS) * rstd
+    product = tl.sum(product, AXIS)
 
     if SPLIT:
-        partial_ptr += batch * splits * (2 * C)
+        partial_ptr += batch.to(tl.int64) * splits * (2 * C)
         at = partial_ptr + split.to(tl.int64) * (2 * C) + channel
         tl.store(at, total, mask=channel < C, cache_modifier=".cg")
         tl.store(at + C, product, mask=channel < C, cache_modifier=".cg")
         if arrived_last(arrivals_ptr, batch * tl.cdiv(C, CHANNELS) + block, splits):
             total, product = add_programs(partial_ptr, splits, C, channel, SPLITS)
+            # loaded again, rather than kept in registers all along
+            rstd = load_rstd(spread_ptr, epsilon_ptr, count, batch, C, channel)
             tl.store(sum_ptr + batch * C + channel, total, mask=channel < C)
-            tl.store(product_ptr + batch * C + channel, product, mask=channel < C)
+            tl.store(product_ptr + batch * C + channel, product * rstd, mask=channel < C)
     else:
+        rstd = load_rstd(spread_ptr, epsilon_ptr, count, batch, C, channel)
         tl.store(sum_ptr + batch * C + channel, total, mask=channel < C)
-        tl.store(product_ptr + batch * C + channel, product, mask=channel < C)
+        tl.store(product_ptr + batch * C + channel, product * rstd, mask=channel < C)
 
 
 @triton.jit
@@ -191,9 +192,9 @@ def jbn_gradient_input(
     rows = outer * S
     batch, split, block = program(tl.num_programs(0) - 1 - tl.program_id(0), splits, C, CHANNELS)
     channel = channels_of(block, CHANNELS)
-    start = batch * rows * C
+    start = batch.to(tl.int64) * rows * C
     if not SHARED:
-        mask_ptr += batch * (rows * C if MASK == "full" else mask_period)
+        mask_ptr += batch.to(tl.int64) * (rows * C if MASK == "full" else mask_period)
     mean, rstd, slope, bias = load_map(
         mean_ptr, spread_ptr, epsilon_ptr, scale_ptr, bias_ptr, count, batch, C, channel, HAS_SCALE, HAS_BIAS
     )

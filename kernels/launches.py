@@ -63,6 +63,8 @@ def moments(problem: Problem, processors: int, tiling: Tiling | None = None) -> 
     resident, unroll = {"none": (3, 4), "rows": (3, 1), "full": (2, 2)}[mask.kind if mask else "none"]
     if mask is not None and view.inner > 1:
         unroll = 1
+    elif mask is None and problem.dtype == "float32":
+        unroll = 2  # as many bytes in flight
     tiling = tiling or _tiling(problem, processors, 2048, resident)
     vector = Output((view.batch, view.channels), "float32")
     outputs = (vector if mask else ABSENT, vector, vector, *_scratch(view, tiling, 3 if mask else 2))
@@ -95,10 +97,10 @@ def gradient_sums(problem: Problem, kept: str | None, processors: int, tiling: T
     """
     view = problem.view
     resident = 2 if problem.activation or problem.mask else 3
-    elements, unroll = 2048, 2
+    # as many bytes in flight, whatever the dtype
+    elements, unroll = 2048, 1 if problem.dtype == "float32" else 2
     if problem.residual and problem.activation:
-        # as many bytes in flight; in float32 a whole tile spills on sm_80
-        elements, unroll = (1024, 2) if problem.dtype == "float32" else (2048, 1)
+        elements, unroll = (1024, 2) if problem.dtype == "float32" else (2048, 1)  # a whole tile spills on sm_80
     tiling = tiling or _tiling(problem, processors, elements, resident)
     vector = Output((view.batch, view.channels), "float32")
     outputs = (vector, vector, Output(tuple(view), kept) if kept else ABSENT, *_scratch(view, tiling, 2))

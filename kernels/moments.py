@@ -16,8 +16,10 @@ def merge_lanes(count, mean, m2, AXIS: tl.constexpr):
     """Moments of all lanes along AXIS; an empty lane's mean is not looked at."""
     total = tl.sum(count, AXIS)
     pivot = tl.max(tl.where(count > 0, mean, float("-inf")), AXIS, keep_dims=True)
-    delta = tl.where(count > 0, mean - pivot, 0.0)
-    shift = tl.sum(count * delta, AXIS, keep_dims=True) / tl.maximum(tl.sum(count, AXIS, keep_dims=True), 1.0)
+    delta = mean - pivot
+    # chosen behind the product, which would else be fused into the first addition, and threads differ by rounding
+    weighted = tl.where(count > 0, count * delta, 0.0)
+    shift = tl.sum(weighted, AXIS, keep_dims=True) / tl.maximum(tl.sum(count, AXIS, keep_dims=True), 1.0)
     off = delta - shift
     m2 = tl.sum(tl.where(count > 0, m2 + count * off * off, 0.0), AXIS)
     mean = tl.max(pivot + shift, AXIS)  # of one: drops the axis
@@ -108,9 +110,9 @@ def jbn_moments(
     rows = outer * S
     batch, split, block = program(tl.program_id(0), splits, C, CHANNELS)
     channel = channels_of(block, CHANNELS)
-    x_ptr += batch * rows * C
+    x_ptr += batch.to(tl.int64) * rows * C
     if not SHARED:
-        mask_ptr += batch * (rows * C if MASK == "full" else mask_period)
+        mask_ptr += batch.to(tl.int64) * (rows * C if MASK == "full" else mask_period)
 
     AXIS: tl.constexpr = 0 if S == 1 else 1
     mean = tl.zeros([ROWS, CHANNELS] if S == 1 else [CHANNELS, ROWS], tl.float32)
@@ -120,6 +122,7 @@ def jbn_moments(
         count = tl.zeros_like(mean)
     tiles = tl.cdiv(rows, ROWS)
     steps = tl.cdiv(tiles - split, splits).to(tl.int32)
+    share = 1.0  # of a lane's next value in its mean; 1 / 1 by a GPU's division may be off by a bit, and the mean too
     for step in tl.range(steps, loop_unroll_factor=UNROLL):
         row, offset, inside = place(split + step * splits, channel, rows, C, S, ROWS, WIDE)
         x = load(x_ptr, offset, inside)
@@ -127,14 +130,14 @@ def jbn_moments(
             seen = load_seen(mask_ptr, row, rows, offset, inside, mask_divisor, mask_period, S, MASK)
             x = tl.where(seen, x, mean)
             count += seen.to(tl.float32)
-            # exactly 1 at a lane's first value, whatever it is
-            share = tl.div_rn(1.0, tl.maximum(count, 1.0))
+            delta = x - mean
+            mean += delta * tl.div_rn(1.0, tl.maximum(count, 1.0))
         else:
             if RAGGED:
                 x = tl.where(along_rows(row < rows, S), x, mean)
-            share = 1.0 / (step + 1)
-        delta = x - mean
-        mean += delta * share
+            delta = x - mean
+            mean += delta * share
+            share = 1.0 / (step + 2)
         m2 += delta * (x - mean)
     if MASK == "none":
         last = rows_of(split + (steps - 1) * splits, ROWS, WIDE)
@@ -145,7 +148,7 @@ def jbn_moments(
 
     if SPLIT:
         FIELDS: tl.constexpr = 2 if MASK == "none" else 3
-        partial_ptr += batch * splits * (FIELDS * C)
+        partial_ptr += batch.to(tl.int64) * splits * (FIELDS * C)
         at = partial_ptr + split.to(tl.int64) * (FIELDS * C) + channel
         tl.store(at, mean, mask=channel < C, cache_modifier=".cg")
         tl.store(at + C, m2, mask=channel < C, cache_modifier=".cg")

@@ -37,6 +37,8 @@ def traffic(launch: Launch, view: View, itemsizes: dict[str, int]) -> Traffic:
             # the last program reads them all; for the highest mean, or one program's, it first reads means
             again = {"jbn_moments": programs * 2 if fields == 3 else 1}.get(launch.kernel.__name__, 0)
             loaded += vector * (fields * programs + again)
+    if launch.kernel.__name__ == "jbn_gradient_sums":
+        loaded += vector + 4 * view.batch * tiling.blocks(view)  # spread and epsilon once more, for what is stored
     return Traffic(loaded, stored)
 
 
@@ -61,12 +63,10 @@ def _vectors(launch: Launch) -> int:
     if name == "jbn_moments":
         return 0
     found = 2 + constants["HAS_SCALE"] + constants["HAS_BIAS"]  # mean, spread
-    if name == "jbn_gradient_sums":
-        found += 1  # the spread once more
     if name == "jbn_gradient_input" and constants["CENTRED"]:
         found += 2 + constants["HAS_WEIGHT"]
     return found
 
 
 def _scalars(launch: Launch) -> int:
-    return {"jbn_moments": 0, "jbn_gradient_sums": 2}.get(launch.kernel.__name__, 1)  # epsilon
+    return launch.kernel.__name__ != "jbn_moments"  # epsilon
