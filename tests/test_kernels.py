@@ -1,4 +1,7 @@
-"""The Triton kernels, every option against NumPy float64: in Triton's interpreter, or with JBN_TEST_GPU=1 on a GPU."""
+"""The Triton kernels, every option against NumPy float64.
+
+They run in Triton's interpreter, and again compiled, their PTX on `machine`; with JBN_TEST_GPU=1 on a GPU instead.
+"""
 
 import os
 from functools import partial
@@ -8,10 +11,11 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+import compiled
 import device
+import interpreter
 import ml_dtypes
 import oracle
-from interpreter import run
 
 from jbn.kernels import launches
 from jbn.kernels.launches import Mask, Problem
@@ -24,6 +28,19 @@ EPSILON = 1e-3
 ON_GPU = bool(os.environ.get("JBN_TEST_GPU"))
 
 
+def interpret(launch, arrays, outputs):
+    interpreter.run(launch.kernel, launch.programs, *arrays, *launch.numbers, *outputs, **launch.constants)
+
+
+RUN = {"gpu": device.run} if ON_GPU else {"interpreted": interpret, "compiled": compiled.run}
+
+
+@pytest.fixture(autouse=True, params=RUN)
+def run(request):
+    global run_launch
+    run_launch = RUN[request.param]
+
+
 def execute(launch, *arrays):
     """Runs a launch; whatever it does not write stays NaN."""
     outputs = []
@@ -33,10 +50,7 @@ def execute(launch, *arrays):
         outputs.append(np.full(output.shape, poison, dtype))
     anything = np.full(1, np.nan, np.float32)
     arrays = [anything if a is None else np.ascontiguousarray(a) for a in arrays]
-    if ON_GPU:
-        device.run(launch, arrays, outputs)
-    else:
-        run(launch.kernel, launch.programs, *arrays, *launch.numbers, *outputs, **launch.constants)
+    run_launch(launch, arrays, outputs)
     return outputs
 
 
@@ -225,8 +239,9 @@ def test_masks(name, splits):
 @pytest.mark.parametrize("channels", [1, 3, 65, 127, 1000])
 @pytest.mark.parametrize("rows", [1, 2, 49])
 def test_ragged(channels, rows):
-    # two values may be close to each other: then their std is small beside the rounding of their mean
-    factor = 8 if rows == 2 else 1
+    # two values may be close to each other: then their std is small beside the rounding of their mean; of one value
+    # 1/std is 30, and what should be z̄ - z̄ is a fused product's rounding
+    factor = 8 if rows <= 2 else 1
     for view in (View(1, rows, channels, 1), View(1, 1, channels, rows)):
         check(Drawn(view, activation="silu"), cut(view, 2, 32, 128), factor=factor)
 
@@ -293,7 +308,7 @@ def test_output_dtype():
 @pytest.mark.parametrize("layout", ["last", "first"])
 @pytest.mark.parametrize("mask", [None, Mask("full")])
 def test_large_mean(layout, mask):
-    """|mean| / std = 1e4: the variance is within 1e-3, here some hundred times closer."""
+    """|mean| / std = 1e4: the variance is within 1e-3, here some times closer."""
     view = View(1, 4096, 8, 1) if layout == "last" else View(1, 16, 8, 256)
     drawn = Drawn(view, mask=mask)
     drawn.x = np.random.default_rng(1).normal(1e4, 1, view).astype(np.float32)
@@ -301,7 +316,7 @@ def test_large_mean(layout, mask):
         _, mean, m2 = run_moments(drawn, Tiling(64, 8, splits, 4))
         wanted = drawn.moments()
         np.testing.assert_allclose(mean, wanted[1], rtol=3e-7)
-        np.testing.assert_allclose(m2, wanted[2], rtol=1e-4)
+        np.testing.assert_allclose(m2, wanted[2], rtol=3e-4)
 
 
 @pytest.mark.parametrize("row", [0, 4095])

@@ -1,0 +1,87 @@
+"""The memory of `machine`, which raises at what a GPU would do in silence.
+
+That is an access outside of its array, or not aligned; a byte of global memory written by two programs; two warps that
+touch a byte of shared memory with no barrier between, one of them writing; and threads that write different values to
+one place. Shared memory starts as poison.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+WARP = 32
+SPACE = 40  # bits of an address within its array
+NOBODY, SEVERAL = -1, -2
+
+
+class Memory:
+    """Global memory: arrays, each in an address space of its own."""
+
+    def __init__(self, arrays: Sequence[np.ndarray]):
+        self.arrays = [a.reshape(-1).view(np.uint8) for a in arrays]
+        self.addresses = [(i + 1) << SPACE for i in range(len(arrays))]
+        self.writers = [np.full(a.size, NOBODY, np.int32) for a in self.arrays]
+        self.counts = [0, 0, 0, 0]
+
+    def locate(self, addresses, width: int):
+        """(number of the array, (threads, width) indices of bytes) of an access."""
+        which = np.unique(addresses >> SPACE) - 1
+        if len(which) != 1 or not 0 <= which[0] < len(self.arrays):
+            raise IndexError(f"no array is at {addresses}")
+        at = addresses & (2**SPACE - 1)
+        outside = at + width > self.arrays[which[0]].size
+        if outside.any():
+            raise IndexError(f"{width} bytes at {at[outside]} of {self.arrays[which[0]].size}, array {which[0]}")
+        if (at % width).any():
+            raise ValueError(f"{width} bytes at {at[at % width != 0]} are not aligned, array {which[0]}")
+        return which[0], at[:, None] + np.arange(width)
+
+    def count(self, threads, addresses, width: int, stored: bool) -> None:
+        sectors = np.unique(threads // WARP + (addresses // 32) * WARP)  # a program has no more than 32 warps
+        self.counts[stored] += width * len(addresses)
+        self.counts[2 + stored] += 32 * len(sectors)
+
+    def load(self, which: int, at):
+        return self.arrays[which][at]
+
+    def store(self, program: int, which: int, at, content) -> None:
+        if not np.isin(self.writers[which][at], (NOBODY, program)).all():
+            raise RuntimeError(f"programs write the same bytes of array {which}, {program} among them")
+        self.writers[which][at] = program
+        self.arrays[which][at] = content
+        _check_same(self.arrays[which][at], content)
+
+
+class Shared:
+    """A program's shared memory; since the last barrier, who read and wrote each byte."""
+
+    def __init__(self, size: int):
+        self.bytes = np.full(size, 0xFF, np.uint8)
+        self.barrier()
+
+    def barrier(self) -> None:
+        self.readers, self.writers = (np.full(self.bytes.size, NOBODY) for _ in range(2))
+
+    def load(self, at, warps):
+        self._check(self.writers[at], warps)
+        before = self.readers[at]
+        self.readers[at] = np.where((before == NOBODY) | (before == warps), warps, SEVERAL)
+        # two warps may be within this one access
+        self.readers[at] = np.where(self.readers[at] == warps, warps, SEVERAL)
+        return self.bytes[at]
+
+    def store(self, at, warps, content) -> None:
+        self._check(self.readers[at], warps)
+        # several may write what is the same
+        self._check(np.where(self.bytes[at] == content, NOBODY, self.writers[at]), warps)
+        self.bytes[at], self.writers[at] = content, warps
+        _check_same(self.bytes[at], content)
+
+    def _check(self, others, warps) -> None:
+        if not ((others == NOBODY) | (others == warps)).all():
+            raise RuntimeError("two warps share a byte with no barrier between")
+
+
+def _check_same(kept, written) -> None:
+    if (kept != written).any():
+        raise RuntimeError("threads write different values to one place: which of them stays is not specified")
