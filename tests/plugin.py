@@ -30,16 +30,18 @@ class TritonKernelCall(NamedTuple):
         return f" {self.kernel.name} ".encode()
 
 
+NAMES = dict(
+    TritonKernel=TritonKernel,
+    TritonKernelCall=TritonKernelCall,
+    create_array_parameter=lambda *given: given,
+    create_scalar_parameter=lambda *given: given,
+    get_compute_capability=lambda _device: 80,
+    get_serialized_metadata=lambda *_: b"",
+    get_arch_details=lambda _device: "gfx942",
+)
+
+
 def install() -> None:
     """Puts the stand-in where jaxlib's plugin is missing."""
-    if any(importlib.util.find_spec(name) for name in ("jax_cuda12_plugin", "jax_cuda13_plugin")):
-        return
-    vars(real).update(
-        TritonKernel=TritonKernel,
-        TritonKernelCall=TritonKernelCall,
-        create_array_parameter=lambda *given: given,
-        create_scalar_parameter=lambda *given: given,
-        get_compute_capability=lambda _device: 80,
-        get_serialized_metadata=lambda *_: b"",
-        get_arch_details=lambda _device: "gfx942",
-    )
+    if not any(importlib.util.find_spec(name) for name in ("jax_cuda12_plugin", "jax_cuda13_plugin")):
+        vars(real).update(NAMES)
