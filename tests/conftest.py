@@ -16,7 +16,7 @@ plugin.install()
 def pytest_collection_modifyitems(items):
     """On a GPU the kernels' tests run there; elsewhere what is marked so is skipped."""
     for item in items:
-        if os.environ.get("JBN_TEST_GPU") and item.path.stem == "test_kernels":
+        if os.environ.get("JBN_TEST_GPU") and item.path.stem in ("test_kernels", "test_gpu"):
             item.add_marker(pytest.mark.gpu)
         if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
             item.add_marker(pytest.mark.skip(reason="needs a GPU, and JBN_TEST_GPU=1"))

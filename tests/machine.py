@@ -18,12 +18,12 @@ UNDER_WAY = 5  # programs at once
 
 
 class Report(NamedTuple):
-    """Bytes of global memory that threads asked for, and of the 32-byte sectors that warps thereby touched."""
+    """Bytes of each array that threads asked for, and of the 32-byte sectors that warps thereby touched."""
 
-    loaded: int
-    stored: int
-    sectors_loaded: int
-    sectors_stored: int
+    loaded: tuple[int, ...]
+    stored: tuple[int, ...]
+    sectors_loaded: tuple[int, ...]
+    sectors_stored: tuple[int, ...]
 
 
 def run(text: str, programs: int, arguments: Sequence, shared: int, seed: int = 0) -> Report:
@@ -45,7 +45,7 @@ def run(text: str, programs: int, arguments: Sequence, shared: int, seed: int = 
             program = active[rng.integers(len(active))]
             if not program.advance():
                 active.remove(program)
-    return Report(*memory.counts)
+    return Report(*map(tuple, memory.counts.tolist()))
 
 
 class Program:
@@ -195,8 +195,8 @@ class Program:
             held = [self.value(r, np.dtype(f"u{size}"))[threads] for r in registers]
             content = np.stack(held, -1).view(np.uint8)
         if name[1] == "global":
-            self.memory.count(threads, addresses, width, not load)
             which, places = self.memory.locate(addresses, width)
+            self.memory.count(threads, which, places, not load)
             if load:
                 content = self.memory.load(which, places)
             else:

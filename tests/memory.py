@@ -21,7 +21,7 @@ class Memory:
         self.arrays = [a.reshape(-1).view(np.uint8) for a in arrays]
         self.addresses = [(i + 1) << SPACE for i in range(len(arrays))]
         self.writers = [np.full(a.size, NOBODY, np.int32) for a in self.arrays]
-        self.counts = [0, 0, 0, 0]
+        self.counts = np.zeros((4, len(arrays)), int)
 
     def locate(self, addresses, width: int):
         """(number of the array, (threads, width) indices of bytes) of an access."""
@@ -36,10 +36,10 @@ class Memory:
             raise ValueError(f"{width} bytes at {at[at % width != 0]} are not aligned, array {which[0]}")
         return which[0], at[:, None] + np.arange(width)
 
-    def count(self, threads, addresses, width: int, stored: bool) -> None:
-        sectors = np.unique(threads // WARP + (addresses // 32) * WARP)  # a program has no more than 32 warps
-        self.counts[stored] += width * len(addresses)
-        self.counts[2 + stored] += 32 * len(sectors)
+    def count(self, threads, which: int, at, stored: bool) -> None:
+        sectors = np.unique(threads // WARP + (at[:, 0] // 32) * WARP)  # a program has no more than 32 warps
+        self.counts[int(stored), which] += at.size
+        self.counts[2 + stored, which] += 32 * len(sectors)
 
     def load(self, which: int, at):
         return self.arrays[which][at]

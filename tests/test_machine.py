@@ -105,7 +105,7 @@ def test_traffic_and_sectors():
     """A warp that loads every other number asks for 128 bytes, and touches 256."""
     lines = "mul.wide.s32 %rd3, %r1, 4; add.s64 %rd3, %rd2, %rd3; setp.lt.s32 %p1, %r1, 32;"
     _, report = run(f"{lines} @%p1 ld.global.b32 %r3, [%rd3]; st.global.b32 [%rd2], %r1;")
-    assert report == machine.Report(loaded=128, stored=256, sectors_loaded=256, sectors_stored=256)
+    assert report == machine.Report(loaded=(128,), stored=(256,), sectors_loaded=(256,), sectors_stored=(256,))
 
 
 @pytest.mark.parametrize(

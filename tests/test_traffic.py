@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+import compiled
 import ml_dtypes
 from interpreter import Traffic, run
 
@@ -38,9 +39,14 @@ VIEWS = {
 }
 
 
-def count(launch, *shapes_and_dtypes) -> Traffic:
+def zeros(launch, shapes_and_dtypes):
+    """Inputs and outputs of a launch."""
     inputs = [np.zeros(shape, dtype) for shape, dtype in shapes_and_dtypes]
-    outputs = [np.zeros(o.shape, DTYPES.get(o.dtype, o.dtype)) for o in launch.outputs]
+    return inputs, [np.zeros(o.shape, DTYPES.get(o.dtype, o.dtype)) for o in launch.outputs]
+
+
+def count(launch, *shapes_and_dtypes) -> Traffic:
+    inputs, outputs = zeros(launch, shapes_and_dtypes)
     return run(launch.kernel, launch.programs, *inputs, *launch.numbers, *outputs, **launch.constants)
 
 
@@ -102,6 +108,24 @@ def test_prediction(name, row):
     mask = {"relu": Mask("full"), "residual, relu": Mask("rows", period=view.rows)}.get(row)
     for launch, arrays in itertools.chain(*pieces(view, "bfloat16", mask=mask, **options)):
         assert tuple(count(launch, *arrays)) == tuple(predicted(launch, view, "bfloat16"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["few channels", "dense", "channels first"])
+def test_compiled(name, dtype):
+    """In the binaries too what is of x's size is asked for once, by every warp in whole sectors, or not at all."""
+    view = VIEWS[name]
+    for launch, arrays in itertools.chain(*pieces(view, dtype, residual=True, activation="relu")):
+        inputs, outputs = zeros(launch, arrays)
+        report = compiled.run(launch, inputs, outputs)
+        moved = [0, 0]
+        for i, array in enumerate([*inputs, *outputs]):
+            if array.shape == tuple(view):
+                for j, (asked, touched) in enumerate([report[0::2], report[1::2]]):
+                    assert asked[i] == touched[i] and asked[i] in (0, array.nbytes), (launch.kernel, i)
+                    moved[j] += asked[i]
+        table, size = predicted(launch, view, dtype), inputs[0].nbytes
+        assert moved == [bytes_ // size * size for bytes_ in table]
 
 
 CASES = {case.name: case for case in cases.GPU}
