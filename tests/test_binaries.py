@@ -13,7 +13,6 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from experiments import binaries, models
 from experiments.binaries import REGISTERS, VIEWS, compiled, representative
@@ -131,36 +130,33 @@ def test_lowering(shape, channel):
     assert set(re.findall(r"stablehlo\.(\w+)", text)) == {"custom_call", "reshape"}
 
 
-class Network(nn.Module):
-    """A ResNet's stem and two blocks, one with a projected shortcut: eight batch norms."""
-
-    @nn.compact
-    def __call__(self, x):
-        norm = partial(BatchNorm, use_running_average=False, dtype=jnp.bfloat16, implementation="triton")
-        x = norm(activation="relu")(nn.Conv(64, (3, 3), use_bias=False, dtype=jnp.bfloat16)(x))
-        for stride in (2, 1):
-            x = models.Bottleneck(64, stride, norm, jnp.bfloat16, fused=True)(x)
-        return nn.Dense(10, dtype=jnp.bfloat16)(x[:, 0, 0])  # a mean would be in float32
-
-
 def test_resnet_step():
-    """A training step lowers to two launches forward and two backward a norm, on x as the convolutions left it."""
+    """ResNet-50's step lowers to two launches forward and two backward a norm, on x as the convolutions left it."""
     pytest.importorskip("jax_triton", reason="jax-triton is not installed", exc_type=ImportError)
-    images = jnp.zeros((8, 16, 16, 3), jnp.bfloat16)
-    variables = jax.eval_shape(Network().init, jax.random.key(0), images)
+    norm = partial(BatchNorm, use_running_average=False, dtype=jnp.bfloat16, implementation="triton")
+    network = models.ResNet50(norm=norm, dtype=jnp.bfloat16, fused=True)
+    images = jnp.zeros((32, 224, 224, 3), jnp.bfloat16)
+    variables = jax.eval_shape(network.init, jax.random.key(0), images)
 
     def step(variables, images):
         def loss(params):
-            logits, updates = Network().apply({**variables, "params": params}, images, mutable=["batch_stats"])
+            logits, updates = network.apply({**variables, "params": params}, images, mutable=["batch_stats"])
             return (logits.astype(jnp.float32) ** 2).mean(), updates
 
         (value, updates), gradient = jax.value_and_grad(loss, has_aux=True)(variables["params"])
         return jax.tree.map(lambda p, g: p - g, variables["params"], gradient), updates, value
 
     text, kernels = lowered(step, variables, images)
-    assert Counter(kernels) == dict.fromkeys(("jbn_moments", "jbn_apply", "jbn_gradient_sums", "jbn_gradient_input"), 8)
-    large = re.findall(r"stablehlo\.(\w+).*-> tensor<8x\d+x\d+x\d+x(bf16|f32)>", text)
-    # activations are in bfloat16 throughout, and nothing but reshapes stands between convolutions and kernels
-    assert {kind for _, kind in large} == {"bf16"}
-    between = {"convolution", "reshape", "add"}  # the sum is of a block's two cotangents
-    assert {operation for operation, _ in large} <= between | {"slice", "pad", "broadcast_in_dim"}
+    names = ("jbn_moments", "jbn_apply", "jbn_gradient_sums", "jbn_gradient_input")
+    assert Counter(kernels) == dict.fromkeys(names, 53)
+    large = Counter(re.findall(r"stablehlo\.(\w+).*-> tensor<32x\d+x\d+x\d+x(bf16|f32)>", text))
+    # nothing but reshapes stands between convolutions and kernels; a sum is of a block's two cotangents
+    assert {kind for kind, dtype in large if dtype == "bf16"} <= {
+        "convolution", "reshape", "add", "pad", "slice", "convert", "broadcast_in_dim",
+    }  # fmt: skip
+    # the mean over positions, in float32, and its cotangent
+    assert {key: n for key, n in large.items() if key[1] == "f32" or key[0] == "convert"} == {
+        ("convert", "f32"): 1,
+        ("broadcast_in_dim", "f32"): 1,
+        ("convert", "bf16"): 1,
+    }
