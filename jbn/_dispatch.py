@@ -102,7 +102,7 @@ def obstacle(name: str, plan: Plan, platform: str, x, *operands) -> str | None:
             return f"the GPU is {architecture}, and the kernels are for {', '.join(AMD)}"
     elif gpu(platform).capability < CAPABILITY:
         return f"the GPU has compute capability {architecture}, and the kernels need {CAPABILITY / 10}"
-    problem = packages()
+    problem = packages(platform)
     if problem is not None:
         return problem
     from jbn import _triton
@@ -111,19 +111,19 @@ def obstacle(name: str, plan: Plan, platform: str, x, *operands) -> str | None:
 
 
 @functools.cache
-def packages() -> str | None:
-    """Why the packages installed cannot launch kernels."""
+def packages(platform: str) -> str | None:
+    """Why the packages installed cannot launch kernels on a platform."""
     found = {}
     for package in ("jax", *OLDEST):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             return f"{package} is not installed: {INSTALL}"
-    return unusable(found)
+    return unusable(found, platform)
 
 
-def unusable(versions: dict[str, str]) -> str | None:
-    """What is wrong with these versions of jax, triton and jax-triton together."""
+def unusable(versions: dict[str, str], platform: str) -> str | None:
+    """What is wrong with these versions of jax, triton and jax-triton together on a platform."""
     for package, oldest in OLDEST.items():
         if _release(versions[package]) < _release(oldest):
             return f"{package} {versions[package]} is too old, {oldest} is the oldest that works: {INSTALL}"
@@ -131,6 +131,11 @@ def unusable(versions: dict[str, str]) -> str | None:
         return (
             f"jax-triton {versions['jax-triton']} does not work with jax {versions['jax']}: "
             "pip install 'jax-triton<0.4', or jax below 0.12"
+        )
+    if platform == "rocm" and _release(versions["triton"]) >= (3, 7):
+        return (
+            f"jax-triton {versions['jax-triton']} compiles for ROCm with triton 3.6 alone, and triton "
+            f"{versions['triton']} is installed: pip install 'triton<3.7'"
         )
     return None
 

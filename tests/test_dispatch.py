@@ -5,7 +5,9 @@ import re
 
 import jax
 import jax.numpy as jnp
+import jaxlib.gpu_triton
 import numpy as np
+import plugin
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -126,7 +128,7 @@ def obstacles():
     yield "old GPU", old, (X, None), "the GPU has compute capability 7.0, and the kernels need 8.0"
     old = dict(gpu=lambda _: Device("NVIDIA H100 (MI50)", 60, "gfx906"))
     yield "old AMD GPU", old, (X, None), "the GPU is gfx906, and the kernels are for gfx90a, gfx94, gfx95"
-    absent = here | dict(packages=lambda: "jax-triton is not installed: pip install 'jbn[cuda12]' or 'jbn[cuda13]'")
+    absent = here | dict(packages=lambda _: "jax-triton is not installed: pip install 'jbn[cuda12]' or 'jbn[cuda13]'")
     yield "a package that is missing", absent, (X, None), "jax-triton is not installed: pip install"
 
 
@@ -181,18 +183,24 @@ GOOD = {"jax": "0.11.2", "triton": "3.6.0", "jax-triton": "0.3.1"}
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "platform, change, said",
     [
-        ({}, None),
-        ({"jax": "0.12.0.1", "triton": "3.9.0"}, None),
-        ({"jax-triton": "0.4.1"}, None),
-        ({"jax-triton": "0.4.1", "jax": "0.12.0.1"}, "jax-triton 0.4.1 does not work with jax 0.12.0.1: pip install"),
-        ({"jax-triton": "0.2.0"}, "jax-triton 0.2.0 is too old, 0.3.1 is the oldest that works: pip install"),
-        ({"triton": "3.5.1+git1"}, "triton 3.5.1+git1 is too old, 3.6 is the oldest that works: pip install"),
+        ("cuda", {}, None),
+        ("rocm", {}, None),
+        ("rocm", {"triton": "3.7.0"}, "jax-triton 0.3.1 compiles for ROCm with triton 3.6 alone, and triton 3.7.0 is"),
+        ("cuda", {"jax": "0.12.0.1", "triton": "3.9.0"}, None),
+        ("cuda", {"jax-triton": "0.4.1"}, None),
+        (
+            "cuda",
+            {"jax-triton": "0.4.1", "jax": "0.12.0.1"},
+            "jax-triton 0.4.1 does not work with jax 0.12.0.1: pip install",
+        ),
+        ("cuda", {"jax-triton": "0.2.0"}, "jax-triton 0.2.0 is too old, 0.3.1 is the oldest that works: pip install"),
+        ("cuda", {"triton": "3.5.1+git1"}, "triton 3.5.1+git1 is too old, 3.6 is the oldest that works: pip install"),
     ],
 )
-def test_versions(change, said):
-    found = _dispatch.unusable(GOOD | change)
+def test_versions(platform, change, said):
+    found = _dispatch.unusable(GOOD | change, platform)
     assert found is said or found.startswith(said)
 
 
@@ -204,8 +212,25 @@ def test_missing_packages(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     _dispatch.packages.cache_clear()
-    assert _dispatch.packages() == "jax-triton is not installed: pip install 'jbn[cuda12]' or 'jbn[cuda13]'"
+    assert _dispatch.packages("cuda") == "jax-triton is not installed: pip install 'jbn[cuda12]' or 'jbn[cuda13]'"
     _dispatch.packages.cache_clear()
+
+
+@pytest.fixture
+def on_rocm(on_cuda, monkeypatch):
+    """jax-triton asks the plugin what GPU there is: a stand-in says gfx942."""
+    for name, value in plugin.NAMES.items():
+        monkeypatch.setattr(jaxlib.gpu_triton, name, value, raising=False)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_rocm(on_rocm, name):
+    """All four launches compile for gfx942; with a Triton for which jax-triton does not, this is said."""
+    if _dispatch.packages("rocm") is None:
+        assert kernels(train("triton", **OPTIONS[name]), PARAMS, X, X, platform="rocm") == 4
+    else:
+        with pytest.raises(NotImplementedError, match=r"compiles for ROCm with triton 3\.6 alone"):
+            kernels(train("triton", **OPTIONS[name]), PARAMS, X, X, platform="rocm")
 
 
 def test_float64_has_no_kernel():
