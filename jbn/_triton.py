@@ -129,7 +129,7 @@ def gradient_sums(plan: Plan, x, coef: Coefficients, residual, mask, dy, *, runn
 
 
 def gradient_sums_keeping(plan: Plan, x, coef: Coefficients, residual, mask, dy, *, runner):
-    """`gradient_sums`, and z̄ in the residual's dtype behind them; the sums are of z̄ so rounded."""
+    """`gradient_sums`, and z̄ in the residual's dtype behind them."""
     return _gradient_sums(plan, x, coef, residual, mask, dy, residual.dtype.name, runner)
 
 

@@ -102,11 +102,11 @@ def cotangent(plan: Plan, x, coef: Coefficients, residual, mask, dy):
 
 
 def gradient_sums_keeping(plan: Plan, x, coef: Coefficients, residual, mask, dy):
-    """`gradient_sums`, and z̄ in the residual's dtype behind them; the sums are of z̄ so rounded."""
+    """`gradient_sums`, and z̄ in the residual's dtype behind them."""
     map_ = _map(plan, x, coef)
     centred = _centred(x, map_, mask)
-    dz = _through_activation(plan, _seen(x, dy, mask), centred, map_, coef, residual, mask).astype(residual.dtype)
-    return *gradient_sums(plan._replace(activation=None), x, coef, None, mask, dz), dz
+    dz = _through_activation(plan, _seen(x, dy, mask), centred, map_, coef, residual, mask)
+    return *gradient_sums(plan._replace(activation=None), x, coef, None, mask, dz), dz.astype(residual.dtype)
 
 
 def gradient_input(plan: Plan, x, coef: Coefficients, residual, mask, dy, sums):

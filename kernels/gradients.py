@@ -110,9 +110,7 @@ def jbn_gradient_sums(
             channel, rows, C, mask_divisor, mask_period, S, ROWS, True, HAS_RESIDUAL, ACTIVATION, MASK, WIDE,
         )  # fmt: skip
         if KEEP:
-            kept = dz.to(dz_ptr.dtype.element_ty)
-            tl.store(dz_ptr + start + offset, kept, mask=inside)
-            dz = kept.to(tl.float32)  # what the second launch will see: its sums are these
+            tl.store(dz_ptr + start + offset, dz.to(dz_ptr.dtype.element_ty), mask=inside)
         total += dz
         product += dz * centred
     total = tl.sum(total, AXIS)
