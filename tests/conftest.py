@@ -1,14 +1,18 @@
 """Eight CPU devices, set before jax is imported; JBN_TEST_GPU=1 leaves the platform to jax."""
 
 import os
+from contextlib import nullcontext
 
 if not os.environ.get("JBN_TEST_GPU"):
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
+import driver
 import jax
 import plugin
 import pytest
+
+from jbn import _dispatch
 
 plugin.install()
 
@@ -34,3 +38,21 @@ def devices():
     if jax.device_count() < 8:
         pytest.skip("needs 8 devices")
     return jax.devices()[:8]
+
+
+@pytest.fixture(scope="module", params=["xla", "kernels"])
+def implementation(request):
+    """What None stands for: XLA, or kernels wherever they can do it, without a GPU on a CPU that passes for one."""
+    if request.param == "xla":
+        yield "xla"
+        return
+    pytest.importorskip("jax_triton", reason="jax-triton is not installed", exc_type=ImportError)
+    wins = [
+        _dispatch.Win("", dtype, layout, 0, "a test")
+        for dtype in ("float16", "bfloat16", "float32")
+        for layout in ("last", "first")
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_dispatch, "WINS", tuple(wins))
+        with nullcontext() if os.environ.get("JBN_TEST_GPU") else driver.installed():
+            yield "kernels"

@@ -10,7 +10,7 @@ from oracle import ACTIVATIONS, assert_close
 
 import jbn
 
-pytestmark = pytest.mark.usefixtures("strict")
+pytestmark = pytest.mark.usefixtures("strict", "implementation")
 
 
 @pytest.mark.parametrize("shape, axis", [((0, 3), -1), ((0, 4, 3), -1), ((3, 0, 4), 0), ((0, 3, 4), 1)])

@@ -12,7 +12,7 @@ from oracle import ACTIVATIONS, assert_close
 
 import jbn
 
-pytestmark = pytest.mark.usefixtures("strict")
+pytestmark = pytest.mark.usefixtures("strict", "implementation")
 
 F16, BF16, F32, F64 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype("f4"), np.dtype("f8")
 DIMENSIONS = (4, 3, 5, 2, 3)

@@ -10,7 +10,7 @@ from oracle import ACTIVATIONS, assert_close
 
 import jbn
 
-pytestmark = pytest.mark.usefixtures("strict")
+pytestmark = pytest.mark.usefixtures("strict", "implementation")
 
 CASES = {
     "plain": Case((8, 3)),

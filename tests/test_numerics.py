@@ -18,6 +18,10 @@ train = jax.jit(
 )
 
 
+# relative error of a variance in float32, at |mean| / std up to 1e4; kernels take each value into a running mean
+SURE = {"xla": 1e-5, "kernels": 3e-5}
+
+
 def fresh(x, axis=-1):
     return jbn.bn_init(x.shape[axis])
 
@@ -39,11 +43,11 @@ def relative_error(got, want):
 @pytest.mark.parametrize(
     "shape, axis", [((4096, 8), -1), ((7, 31, 29, 5), -1), ((8, 6, 37, 11), 1), ((3, 5000), 0)], ids=str
 )
-def test_variance_does_not_cancel(shape, axis, ratio):
+def test_variance_does_not_cancel(shape, axis, ratio, implementation):
     x = shifted(shape, ratio, axis)
     y, state = train(*fresh(x, axis), x, axis=axis)
     n, mean, m2 = oracle.moments(x, axis)
-    assert relative_error(state.var, m2 / n) < 1e-5
+    assert relative_error(state.var, m2 / n) < SURE[implementation]
     std = np.sqrt(m2 / n)
     assert np.max(np.abs(state.mean - mean) / (std + np.abs(mean))) < 1e-6
     # float32 holds the mean to eps·ratio/2 standard deviations
@@ -53,29 +57,30 @@ def test_variance_does_not_cancel(shape, axis, ratio):
 
 
 @pytest.mark.parametrize("outlier", [1e6, -1e6, np.nan, np.inf])
-def test_a_masked_first_row_changes_nothing(outlier):
+def test_a_masked_first_row_changes_nothing(outlier, implementation):
     x = shifted((4096, 4), 1e4)
     mask = np.ones((4096, 1), bool)
     mask[0] = False
     x[0] = outlier
     _, state = train(*fresh(x), x, mask=mask)
     n, _, m2 = oracle.moments(x[1:])
-    assert relative_error(state.var, m2 / n) < 1e-5
+    assert relative_error(state.var, m2 / n) < SURE[implementation]
 
 
 @pytest.mark.parametrize("ratio", [0, 1e4])
 @pytest.mark.parametrize("outliers", [[0], [1], [2048], [4095], [0, 4095], [0, 2048, 4095]], ids=str)
-def test_outliers_cost_no_accuracy(outliers, ratio):
+def test_outliers_cost_no_accuracy(outliers, ratio, implementation):
     rng = np.random.default_rng(1)
     x = (ratio + rng.normal(size=(4096, 4))).astype(np.float32)
     x[outliers] = 1e6
     _, state = train(*fresh(x), x)
     n, mean, m2 = oracle.moments(x)
     std = np.sqrt(m2 / n)
-    assert relative_error(state.var, m2 / n) < 1e-5
+    assert relative_error(state.var, m2 / n) < SURE[implementation]
     assert np.max(np.abs(state.mean - mean) / (std + np.abs(mean))) < 1e-5
 
 
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("rows", [1, 7, 1000, 4097])
 def test_a_constant_channel_has_no_variance(rows):
     constants = np.array([0.1, 1e10, 3e38, -7, 0, -3e38, 1e-30], np.float32)
