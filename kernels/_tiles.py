@@ -10,11 +10,13 @@ import triton.language as tl
 
 
 @triton.jit
-def program(pid, splits, C, CHANNELS: tl.constexpr):
+def program(pid, splits, C, CHANNELS: tl.constexpr, WIDE: tl.constexpr):
     """(batch, split, block of channels) of a program; neighbours read neighbouring channels."""
     blocks = tl.cdiv(C, CHANNELS)
     batch = pid // (splits * blocks)
     rest = pid - batch * (splits * blocks)
+    if WIDE:
+        batch = batch.to(tl.int64)
     return batch, rest // blocks, rest % blocks
 
 

@@ -37,7 +37,7 @@ def jbn_apply(
     """
     C = units * UNIT
     rows = outer * S
-    batch, split, block = program(tl.num_programs(0) - 1 - tl.program_id(0), splits, C, CHANNELS)
+    batch, split, block = program(tl.num_programs(0) - 1 - tl.program_id(0), splits, C, CHANNELS, WIDE)
     channel = channels_of(block, CHANNELS)
     start = batch.to(tl.int64) * rows * C
     mean, _, slope, bias = load_map(

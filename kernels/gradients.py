@@ -92,7 +92,7 @@ def jbn_gradient_sums(
     """Σ z̄ and Σ z̄ · x̂ over the rows of each channel."""
     C = units * UNIT
     rows = outer * S
-    batch, split, block = program(tl.program_id(0), splits, C, CHANNELS)
+    batch, split, block = program(tl.program_id(0), splits, C, CHANNELS, WIDE)
     channel = channels_of(block, CHANNELS)
     start = batch.to(tl.int64) * rows * C
     if not SHARED:
@@ -123,14 +123,17 @@ def jbn_gradient_sums(
         tl.store(at + C, product, mask=channel < C, cache_modifier=".cg")
         if arrived_last(arrivals_ptr, batch * tl.cdiv(C, CHANNELS) + block, splits):
             total, product = add_programs(partial_ptr, splits, C, channel, SPLITS)
-            # loaded again, rather than kept in registers all along
-            rstd = load_rstd(spread_ptr, epsilon_ptr, count, batch, C, channel)
-            tl.store(sum_ptr + batch * C + channel, total, mask=channel < C)
-            tl.store(product_ptr + batch * C + channel, product * rstd, mask=channel < C)
+            store_sums(sum_ptr, product_ptr, spread_ptr, epsilon_ptr, count, batch, C, channel, total, product)
     else:
-        rstd = load_rstd(spread_ptr, epsilon_ptr, count, batch, C, channel)
-        tl.store(sum_ptr + batch * C + channel, total, mask=channel < C)
-        tl.store(product_ptr + batch * C + channel, product * rstd, mask=channel < C)
+        store_sums(sum_ptr, product_ptr, spread_ptr, epsilon_ptr, count, batch, C, channel, total, product)
+
+
+@triton.jit
+def store_sums(sum_ptr, product_ptr, spread_ptr, epsilon_ptr, count, batch, C, channel, total, product):
+    """Σz̄, and Σz̄ · (x − mean) times 1/std, which is loaded again rather than kept in registers all along."""
+    rstd = load_rstd(spread_ptr, epsilon_ptr, count, batch, C, channel)
+    tl.store(sum_ptr + batch * C + channel, total, mask=channel < C)
+    tl.store(product_ptr + batch * C + channel, product * rstd, mask=channel < C)
 
 
 @triton.jit
@@ -188,7 +191,7 @@ def jbn_gradient_input(
     """x̄ = scale · rstd · (z̄ − [mask] · (Σz̄ + x̂ · Σz̄x̂) / count), walking tiles in the reverse order of the sums."""
     C = units * UNIT
     rows = outer * S
-    batch, split, block = program(tl.num_programs(0) - 1 - tl.program_id(0), splits, C, CHANNELS)
+    batch, split, block = program(tl.num_programs(0) - 1 - tl.program_id(0), splits, C, CHANNELS, WIDE)
     channel = channels_of(block, CHANNELS)
     start = batch.to(tl.int64) * rows * C
     if not SHARED:

@@ -108,7 +108,7 @@ def jbn_moments(
     """count = Σ mask, mean = Σ x / count, m2 = Σ (x − mean)² over the rows of each channel that the mask has."""
     C = units * UNIT
     rows = outer * S
-    batch, split, block = program(tl.program_id(0), splits, C, CHANNELS)
+    batch, split, block = program(tl.program_id(0), splits, C, CHANNELS, WIDE)
     channel = channels_of(block, CHANNELS)
     x_ptr += batch.to(tl.int64) * rows * C
     if not SHARED:
@@ -122,7 +122,7 @@ def jbn_moments(
         count = tl.zeros_like(mean)
     tiles = tl.cdiv(rows, ROWS)
     steps = tl.cdiv(tiles - split, splits).to(tl.int32)
-    share = 1.0  # of a lane's next value in its mean; 1 / 1 by a GPU's division may be off by a bit, and the mean too
+    share = 1.0  # of a lane's next value in its mean; a GPU's 1 / 1 may be off by a bit
     for step in tl.range(steps, loop_unroll_factor=UNROLL):
         row, offset, inside = place(split + step * splits, channel, rows, C, S, ROWS, WIDE)
         x = load(x_ptr, offset, inside)

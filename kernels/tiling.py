@@ -84,9 +84,9 @@ def alignment(count: int) -> int:
 
 
 def needs_wide_offsets(view: View, tiling: Tiling) -> bool:
-    """Whether an offset within a batch, of masked-off elements of the last tile too, passes 32 bits."""
+    """Whether an offset passes 32 bits: within a batch, of masked-off elements too, or in a vector for each batch."""
     rows = (_ceil(view.rows, tiling.ROWS) + tiling.splits) * tiling.ROWS + view.inner
-    return rows * (view.channels + tiling.CHANNELS) >= 2**31
+    return max(rows, view.batch) * (view.channels + tiling.CHANNELS) >= 2**31
 
 
 def _ceil(a: int, b: int) -> int:

@@ -12,12 +12,12 @@ def run(launch, arrays, outputs, target: str = "sm_90") -> machine.Report:
     kinds = tuple(a.dtype.name for a in arrays)
     constants = tuple(sorted(launch.constants.items()))
     written = tuple(o.dtype for o in launch.outputs)
-    # numbers that are 1, and which are, are part of what is compiled
-    ones = tuple(n == 1 for n in launch.numbers)
-    key = launch.kernel.__name__, kinds, written, ones, constants, launch.tiling.warps, target
+    # whether a number is 1, and how wide it is, is part of what is compiled
+    numbers = tuple((type(n), n == 1, n >= 2**31) for n in launch.numbers)
+    key = launch.kernel.__name__, kinds, written, numbers, constants, launch.tiling.warps, target
     if key not in _known:
         compiled = compile_only(launch, kinds, target)
         _known[key] = compiled.asm["ptx"], compiled.metadata.shared
     text, shared = _known[key]
-    numbers = [n for n in launch.numbers if n != 1]
-    return machine.run(text, launch.programs, [*arrays, *numbers, *outputs], shared)
+    arguments = [*arrays, *(n for n in launch.numbers if n != 1), *outputs]
+    return machine.run(text, launch.programs, arguments, shared)

@@ -22,7 +22,7 @@ from jax.interpreters import mlir
 
 @contextmanager
 def installed():
-    """Kernels run in here wherever jax compiles for the CPU."""
+    """Kernels run in here wherever jax compiles for the CPU; yields the list of their calls, as they are compiled."""
     import jax_triton
 
     calls = []

@@ -1,9 +1,9 @@
 """Runs PTX on NumPy arrays: a GPU that is slow and suspicious.
 
 What Triton's interpreter cannot show is looked for here, in what the compiler made of a kernel. Programs are under way
-side by side, in random order, and take turns at their barriers. A store stays hidden from other programs until its
-program ends or, once a barrier is behind it, releases it with an atomic: what is read too early is still the poison
-that was there. Accesses that `memory` refuses raise, as does a branch that a program's threads take differently.
+side by side, in random order, and take turns at barriers and atomics. A store stays hidden, from its own program too,
+until the program ends or, once a barrier is behind it, releases it with an atomic: what is read too early is still the
+poison that was there. Accesses that `memory` refuses raise, as does a branch that a program's threads take differently.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,8 @@ from memory import WARP, Memory, Shared
 from ptx import Address, Instruction
 
 UNDER_WAY = 5  # programs at once
+ACCESSES = {"ld", "st", "param", "global", "shared", "shared__cta", "cg", "L1__evict_first", "L2__cache_hint"}
+ACCESSES |= {"v2", "v4", "b8", "b16", "b32", "b64", "atom", "gpu", "acq_rel", "relaxed", "add", "u32"}
 
 
 class Report(NamedTuple):
@@ -32,7 +34,8 @@ def run(text: str, programs: int, arguments: Sequence, shared: int, seed: int = 
     memory = Memory([a for a in arguments if isinstance(a, np.ndarray)])
     addresses = iter(memory.addresses)
     values = [next(addresses) if isinstance(a, np.ndarray) else a for a in arguments]
-    values += [0] * (len(function.parameters) - len(values))  # Triton's own, unused
+    unused = len(function.parameters) - len(values)  # pointers of Triton's own
+    values += [0] * unused
     parameters = {
         name: np.array(value, ptx.KINDS[kind]) for (kind, name), value in zip(function.parameters, values, strict=True)
     }
@@ -63,23 +66,29 @@ class Program:
             "global_smem": full(self.thread, 0),
         }
         self.shared = Shared(shared)
-        self.next = 0
+        self.next, self.waited = 0, False
         self.hidden, self.ordered = [], []  # stores since the last barrier, and before
 
     def advance(self) -> bool:
-        """Runs up to the next barrier; False at the end."""
+        """Runs up to the next barrier or atomic, where others may come first; False at the end."""
         while True:
             instruction = self.function.instructions[self.next]
+            kind = instruction.name[0]
+            if kind == "atom" and not self.waited:
+                self.waited = True
+                return True
+            self.waited = False
             self.next += 1
             try:
-                kind = instruction.name[0]
-                if kind == "bar":
+                if kind in ("bar", "ret"):
+                    if instruction.text not in ("bar.sync 0", "bar.warp.sync -1", "ret"):
+                        raise NotImplementedError("but for bar.sync 0 and ret of all threads")
+                    if instruction.name[1:2] == ("warp",):  # warps run in step
+                        continue
                     self.barrier()
-                    return True
-                if kind == "ret":
-                    self.barrier()
-                    self.release()
-                    return False
+                    if kind == "ret":
+                        self.release()
+                    return kind == "bar"
                 if kind == "bra":
                     self.branch(instruction)
                 elif kind in ("ld", "st", "atom"):
@@ -160,7 +169,7 @@ class Program:
             self.write(target, self.shuffled(name, *sources), chosen)
         else:
             kinds = ptx.operand_kinds(name, len(sources))
-            self.write(target, ptx.result(name, *map(self.value, sources, kinds)), chosen)
+            self.write(target, ptx.computed(name, *map(self.value, sources, kinds)), chosen)
 
     def shuffled(self, name, source, distance, bounds, _members):
         if name[2] not in ("bfly", "idx") or bounds != "31":
@@ -174,6 +183,8 @@ class Program:
 
     def access(self, instruction: Instruction) -> None:
         name, operands = instruction.name, instruction.operands
+        if not set(name) <= ACCESSES:
+            raise NotImplementedError(f"no rule is written for {'.'.join(name)}")
         if name[:2] == ("ld", "param"):
             target, source = operands
             self.write(target, np.full(len(self.thread), self.parameters[source.base]))
@@ -183,7 +194,7 @@ class Program:
         if len(threads) == 0:
             return
         if name[0] == "atom":
-            self.add(instruction, threads, chosen)
+            self.add_atomically(instruction, threads, chosen)
             return
         load = name[0] == "ld"
         registers, at = operands[:2] if load else operands[1::-1]
@@ -202,7 +213,7 @@ class Program:
             else:
                 self.hidden.append((which, places, content))
         else:
-            places, warps = addresses[:, None] + np.arange(width), (threads // WARP)[:, None].astype(int)
+            places, warps = self.shared.places(addresses, width), (threads // WARP)[:, None].astype(int)
             if load:
                 content = self.shared.load(places, warps)
             else:
@@ -213,7 +224,7 @@ class Program:
                 read[threads] = np.ascontiguousarray(content[:, i * size : (i + 1) * size]).view(f"u{size}")[:, 0]
                 self.write(register, read, chosen)
 
-    def add(self, instruction: Instruction, threads, chosen) -> None:
+    def add_atomically(self, instruction: Instruction, threads, chosen) -> None:
         """One thread's atomic addition to global memory; a release takes along what a barrier has put before it."""
         name, (target, at, amount) = instruction.name, instruction.operands
         if not {"global", "gpu", "add", "u32"} < set(name) or len(threads) != 1:
@@ -237,7 +248,7 @@ class Program:
         rows = self.addresses(at).reshape(-1, WARP)
         for i, register in enumerate(registers):
             first = rows[:, 8 * i + lane // 4] + 4 * (lane % 4)
-            places, warps = first.reshape(-1, 1) + np.arange(4), (self.thread // WARP)[:, None].astype(int)
+            places, warps = self.shared.places(first.reshape(-1), 4), (self.thread // WARP)[:, None].astype(int)
             if load:
                 self.write(register, self.shared.load(places, warps).view(np.uint32)[:, 0])
             else:

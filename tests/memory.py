@@ -2,7 +2,7 @@
 
 That is an access outside of its array, or not aligned; a byte of global memory written by two programs; two warps that
 touch a byte of shared memory with no barrier between, one of them writing; and threads that write different values to
-one place. Shared memory starts as poison.
+one place by one instruction. Shared memory starts as poison.
 """
 
 from collections.abc import Sequence
@@ -28,13 +28,8 @@ class Memory:
         which = np.unique(addresses >> SPACE) - 1
         if len(which) != 1 or not 0 <= which[0] < len(self.arrays):
             raise IndexError(f"no array is at {addresses}")
-        at = addresses & (2**SPACE - 1)
-        outside = at + width > self.arrays[which[0]].size
-        if outside.any():
-            raise IndexError(f"{width} bytes at {at[outside]} of {self.arrays[which[0]].size}, array {which[0]}")
-        if (at % width).any():
-            raise ValueError(f"{width} bytes at {at[at % width != 0]} are not aligned, array {which[0]}")
-        return which[0], at[:, None] + np.arange(width)
+        (number,) = which
+        return number, _places(addresses & (2**SPACE - 1), width, self.arrays[number].size, f"array {number}")
 
     def count(self, threads, which: int, at, stored: bool) -> None:
         sectors = np.unique(threads // WARP + (at[:, 0] // 32) * WARP)  # a program has no more than 32 warps
@@ -62,24 +57,38 @@ class Shared:
     def barrier(self) -> None:
         self.readers, self.writers = (np.full(self.bytes.size, NOBODY) for _ in range(2))
 
+    def places(self, addresses, width: int):
+        """(threads, width) indices of bytes of an access."""
+        return _places(addresses, width, self.bytes.size, "shared memory")
+
     def load(self, at, warps):
-        self._check(self.writers[at], warps)
+        _check_alone(self.writers[at], warps)
         before = self.readers[at]
         self.readers[at] = np.where((before == NOBODY) | (before == warps), warps, SEVERAL)
-        # two warps may be within this one access
-        self.readers[at] = np.where(self.readers[at] == warps, warps, SEVERAL)
+        within = self.readers[at]  # of two warps in this one access the later
+        self.readers[at] = np.where(within == warps, warps, SEVERAL)
         return self.bytes[at]
 
     def store(self, at, warps, content) -> None:
-        self._check(self.readers[at], warps)
+        _check_alone(self.readers[at], warps)
         # several may write what is the same
-        self._check(np.where(self.bytes[at] == content, NOBODY, self.writers[at]), warps)
+        _check_alone(np.where(self.bytes[at] == content, NOBODY, self.writers[at]), warps)
         self.bytes[at], self.writers[at] = content, warps
         _check_same(self.bytes[at], content)
 
-    def _check(self, others, warps) -> None:
-        if not ((others == NOBODY) | (others == warps)).all():
-            raise RuntimeError("two warps share a byte with no barrier between")
+
+def _places(at, width: int, size: int, where: str):
+    outside = (at < 0) | (at + width > size)
+    if outside.any():
+        raise IndexError(f"{width} bytes at {at[outside]} of {size}, {where}")
+    if (at % width).any():
+        raise ValueError(f"{width} bytes at {at[at % width != 0]} are not aligned, {where}")
+    return at[:, None] + np.arange(width)
+
+
+def _check_alone(others, warps) -> None:
+    if not ((others == NOBODY) | (others == warps)).all():
+        raise RuntimeError("two warps share a byte with no barrier between")
 
 
 def _check_same(kept, written) -> None:

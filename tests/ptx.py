@@ -2,7 +2,8 @@
 
 A register is an array over the threads of a program, of unsigned integers; what an instruction takes it for is in the
 instruction's name (`add.f32`). What Triton 3.6 to 3.9 makes of this project's kernels is known, anything else raises.
-Semantics: NVIDIA, Parallel Thread Execution ISA, version 9; approximations are as bad as it allows.
+Semantics: NVIDIA, Parallel Thread Execution ISA, version 9; approximations are off by one or two units in the last
+place, either way. Behind PTX ptxas may still fuse a product into a sum, where neither asks for rounding (`.rn`).
 """
 
 import re
@@ -58,7 +59,7 @@ def read(text: str) -> Function:
             line = line[found.end() :]
         for part in filter(None, map(str.strip, line.split(";"))):
             if not part.startswith("."):
-                instructions.append(_instruction(part))
+                instructions.append(_instruction(" ".join(part.split())))
     kinds = tuple(re.findall(r"\.param \.(\w+)[^,]*? (\w+)(?:,|\s*$)", parameters))
     return Function(name, kinds, int(threads), tuple(instructions), labels)
 
@@ -82,7 +83,8 @@ def _operand(text: str):
 def literal(text: str, kind: np.dtype) -> np.generic:
     """A number as written, of a kind: 12, -1, 0x7770U, 0f3F800000 (the bits of a float32), 1.0."""
     if text.startswith("0f"):
-        return np.uint32(int(text[2:], 16)).view(np.float32).astype(kind if kind.kind == "f" else np.float32)
+        bits = np.uint32(int(text[2:], 16))
+        return bits.view(np.float32).astype(kind) if kind.kind == "f" else bits.astype(kind)
     if kind.kind not in "iu":
         return kind.type(float(text))
     return np.uint64(int(text.rstrip("U"), 0) % 2**64).astype(f"u{kind.itemsize}").view(kind)
@@ -101,9 +103,9 @@ def _shift(operation):
 
 
 def _approximate(exact):
-    """Off by one in the last place, either way or not at all, by what the exact result is; the ISA allows as much."""
+    """Off in the last place, by one or two either way, as the exact result's bits have it."""
     bits = exact.view(np.int32)
-    off = np.array([-1, 0, 0, 1], np.int32)[bits.view(np.uint32) * np.uint32(2654435761) >> np.uint32(30)]
+    off = np.array([-2, -1, 1, 2], np.int32)[bits.view(np.uint32) * np.uint32(2654435761) >> np.uint32(30)]
     return np.where(np.isfinite(exact) & (exact != 0), (bits + off).view(np.float32), exact)
 
 
@@ -122,8 +124,8 @@ def _extracted(a, position, length):
     """bfe: bits [position, position + length), with a sign where a has one."""
     wide = a.view(np.uint32).astype(np.int64) >> position.astype(np.int64)
     field = wide & ((1 << length.astype(np.int64)) - 1)
-    if a.dtype.kind == "i":
-        sign = 1 << np.maximum(length.astype(np.int64) - 1, 0)
+    if a.dtype.kind == "i":  # the sign is the field's last bit that there is
+        sign = 1 << np.clip(length.astype(np.int64) - 1, 0, 31 - position.astype(np.int64))
         field = (field ^ sign) - sign
     return field.astype(a.dtype)
 
@@ -168,8 +170,7 @@ PLAIN = {
     "fma": _fused,
     "div": _divided,
     "rem": lambda a, b: a - _divided(a, b) * b,
-    "min": lambda a, b: np.fmin(a, b),
-    "max": lambda a, b: np.fmax(a, b),  # NaN only if both are
+    "max": np.fmax,  # NaN only if both are
     "abs": np.abs,
     "neg": np.negative,
     "and": np.bitwise_and,
@@ -181,14 +182,24 @@ PLAIN = {
     "shf": _funnel,
     "bfe": _extracted,
     "prmt": _bytes_picked,
-    "rsqrt": lambda a: 1 / np.sqrt(a),
-    "rcp": lambda a: 1 / a,
+    "rsqrt": lambda a: 1 / np.sqrt(np.where(np.abs(a) < np.finfo(a.dtype).tiny, a * 0, a)),  # .ftz
     "ex2": np.exp2,
 }
 
+# what may stand between an instruction's first name and its kind
+MODIFIERS = {
+    "mov": "", "selp": "", "add": "rn", "sub": "rn", "mul": "lo hi wide rn", "mad": "lo wide", "fma": "rn",
+    "div": "rn full", "rem": "", "max": "", "abs": "", "neg": "", "and": "", "or": "", "xor": "", "not": "", "shl": "",
+    "shr": "", "shf": "l wrap", "bfe": "", "prmt": "", "rsqrt": "approx ftz", "ex2": "approx ftz", "cvt": "rn",
+    "setp": " ".join(COMPARE) + " and or xor",
+}  # fmt: skip
 
-def result(name: tuple[str, ...], *values):
+
+def computed(name: tuple[str, ...], *values):
     """What an instruction gives for the values of its operands, each of the kind that `operand_kinds` says."""
+    kinds = 2 if name[0] == "cvt" else 1
+    if name[0] not in MODIFIERS or not set(name[1:-kinds]) <= set(MODIFIERS[name[0]].split()):
+        raise NotImplementedError(f"no rule is written for {'.'.join(name)}")
     first = name[0]
     if first == "selp":
         yes, no, chosen = values
@@ -207,8 +218,6 @@ def result(name: tuple[str, ...], *values):
             return (a.astype(object) * b.astype(object) >> bits).astype(a.dtype)
         wide = np.dtype(f"{a.dtype.kind}{bits // 4}")
         return sum(c, a.astype(wide) * b.astype(wide))
-    if first not in PLAIN:
-        raise NotImplementedError(f"no rule is written for {first}")
     found = PLAIN[first](*values)
     return _approximate(found) if "approx" in name or "full" in name else found
 
@@ -220,7 +229,7 @@ def _converted(name, *values):
         return np.stack([low.astype(target), high.astype(target)], -1).reshape(-1)
     (value,) = values
     if value.dtype.kind == "f" and target.kind in "iu":
-        value = np.trunc(value) if "rzi" in name else np.rint(value)
+        raise NotImplementedError(f"no rule is written for {'.'.join(name)}")
     return value.astype(target)
 
 

@@ -25,8 +25,8 @@ ON_GPU = bool(os.environ.get("JBN_TEST_GPU"))
 @pytest.fixture(scope="module", autouse=True)
 def gpu():
     pytest.importorskip("jax_triton", reason="jax-triton is not installed", exc_type=ImportError)
-    with nullcontext() if ON_GPU else driver.installed():
-        yield
+    with nullcontext() if ON_GPU else driver.installed() as calls:
+        yield calls
 
 
 def step(case, implementation):
@@ -47,13 +47,14 @@ def step(case, implementation):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_whole_op(name, dtype):
+def test_whole_op(name, dtype, gpu):
     """Kernels and XLA agree with the oracle's y, and with each other in state and gradients."""
     case = PROBLEMS[name]._replace(shape=tuple((8 if ON_GPU else 3) * n for n in PROBLEMS[name].shape))
     inputs = draw(case, jnp.dtype(dtype))
     dy = np.random.default_rng(3).normal(size=case.shape).astype(jnp.dtype(dtype))
     arguments = (inputs.arrays, inputs.state, inputs.mask, dy)
     kernels, plain = (step(case, which)(*arguments) for which in ("triton", "xla"))
+    assert ON_GPU or gpu  # calls of kernels
     rows = case.rows
     for got, want in zip(jax.tree.leaves(kernels), jax.tree.leaves(plain), strict=True):
         assert got.dtype == want.dtype
