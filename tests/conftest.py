@@ -20,7 +20,8 @@ plugin.install()
 def pytest_collection_modifyitems(items):
     """On a GPU the kernels' tests run there; elsewhere what is marked so is skipped."""
     for item in items:
-        if os.environ.get("JBN_TEST_GPU") and item.path.stem in ("test_kernels", "test_gpu"):
+        by_kernels = hasattr(item, "callspec") and item.callspec.params.get("implementation") == "kernels"
+        if os.environ.get("JBN_TEST_GPU") and (by_kernels or item.path.stem in ("test_kernels", "test_gpu")):
             item.add_marker(pytest.mark.gpu)
         if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
             item.add_marker(pytest.mark.skip(reason="needs a GPU, and JBN_TEST_GPU=1"))
