@@ -9,6 +9,12 @@ _known: dict[tuple, tuple[str, int]] = {}
 
 def run(launch, arrays, outputs, target: str = "sm_90") -> machine.Report:
     """`outputs` are written in place."""
+    text, shared = assembled(launch, arrays, target)
+    return run_text(launch, arrays, outputs, text, shared)
+
+
+def assembled(launch, arrays, target: str = "sm_90") -> tuple[str, int]:
+    """PTX of a launch on such arrays, and the bytes of shared memory that it asks for."""
     kinds = tuple(a.dtype.name for a in arrays)
     constants = tuple(sorted(launch.constants.items()))
     written = tuple(o.dtype for o in launch.outputs)
@@ -18,6 +24,10 @@ def run(launch, arrays, outputs, target: str = "sm_90") -> machine.Report:
     if key not in _known:
         compiled = compile_only(launch, kinds, target)
         _known[key] = compiled.asm["ptx"], compiled.metadata.shared
-    text, shared = _known[key]
+    return _known[key]
+
+
+def run_text(launch, arrays, outputs, text: str, shared: int, seed: int = 0) -> machine.Report:
+    """The same with PTX at hand."""
     arguments = [*arrays, *(n for n in launch.numbers if n != 1), *outputs]
-    return machine.run(text, launch.programs, arguments, shared)
+    return machine.run(text, launch.programs, arguments, shared, seed)

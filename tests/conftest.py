@@ -1,7 +1,6 @@
 """Eight CPU devices, set before jax is imported; JBN_TEST_GPU=1 leaves the platform to jax."""
 
 import os
-from contextlib import nullcontext
 
 if not os.environ.get("JBN_TEST_GPU"):
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -21,7 +20,7 @@ def pytest_collection_modifyitems(items):
     """On a GPU the kernels' tests run there; elsewhere what is marked so is skipped."""
     for item in items:
         by_kernels = hasattr(item, "callspec") and item.callspec.params.get("implementation") == "kernels"
-        if os.environ.get("JBN_TEST_GPU") and (by_kernels or item.path.stem in ("test_kernels", "test_gpu")):
+        if driver.ON_GPU and (by_kernels or item.path.stem in ("test_kernels", "test_gpu")):
             item.add_marker(pytest.mark.gpu)
         if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
             item.add_marker(pytest.mark.skip(reason="needs a GPU, and JBN_TEST_GPU=1"))
@@ -47,7 +46,6 @@ def implementation(request):
     if request.param == "xla":
         yield "xla"
         return
-    pytest.importorskip("jax_triton", reason="jax-triton is not installed", exc_type=ImportError)
     wins = [
         _dispatch.Win("", dtype, layout, 0, "a test")
         for dtype in ("float16", "bfloat16", "float32")
@@ -55,5 +53,5 @@ def implementation(request):
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_dispatch, "WINS", tuple(wins))
-        with nullcontext() if os.environ.get("JBN_TEST_GPU") else driver.installed():
+        with driver.gpu():
             yield "kernels"

@@ -6,18 +6,31 @@ split over an automatic mesh.
 """
 
 import dataclasses
+import os
 import zlib
 from contextlib import contextmanager
 from functools import partial
 
 import jax
-import jaxlib.gpu_triton
 import machine
 import numpy as np
 import plugin
 import pytest
 from jax._src.interpreters.mlir import _platform_specific_lowerings
 from jax.interpreters import mlir
+
+ON_GPU = bool(os.environ.get("JBN_TEST_GPU"))
+
+
+@contextmanager
+def gpu():
+    """Kernels run in here: with JBN_TEST_GPU=1 on a GPU, elsewhere as `installed` has it. Without jax-triton skips."""
+    pytest.importorskip("jax_triton", reason="jax-triton is not installed", exc_type=ImportError)
+    if ON_GPU:
+        yield None
+    else:
+        with installed() as calls:
+            yield calls
 
 
 @contextmanager
@@ -46,8 +59,7 @@ def installed():
         return rule
 
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (plugin.NAMES | dict(TritonKernelCall=Call)).items():
-            patch.setattr(jaxlib.gpu_triton, name, value, raising=False)
+        plugin.replace(patch, TritonKernelCall=Call)
         patch.setattr(jax_triton.triton_lib, "_COMPILED_KERNEL_CACHE", {})
         patch.setattr(jax.ffi, "ffi_lowering", ffi_lowering)
         for primitive, entry in _platform_specific_lowerings["cuda"].items():

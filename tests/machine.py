@@ -62,7 +62,6 @@ class Program:
             "%tid.x": self.thread,
             "%ctaid.x": full(self.thread, index),
             "%nctaid.x": full(self.thread, programs),
-            "%laneid": self.thread % WARP,
             "global_smem": full(self.thread, 0),
         }
         self.shared = Shared(shared)

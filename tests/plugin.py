@@ -41,6 +41,12 @@ NAMES = dict(
 )
 
 
+def replace(patch, **others) -> None:
+    """The stand-in, but for `others`, while a MonkeyPatch lasts; whether there is a plugin or not."""
+    for name, value in (NAMES | others).items():
+        patch.setattr(real, name, value, raising=False)
+
+
 def install() -> None:
     """Puts the stand-in where jaxlib's plugin is missing."""
     if not any(importlib.util.find_spec(name) for name in ("jax_cuda12_plugin", "jax_cuda13_plugin")):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-KINDS = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "f32": np.float32, "f64": np.float64, "pred": np.bool_}
+KINDS = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "f32": np.float32, "pred": np.bool_}
 KINDS |= {f"{pair[0]}{8 * n}": np.dtype(f"{pair[1]}{n}") for pair in ("bu", "uu", "si") for n in (1, 2, 4, 8)}
 KINDS |= {f"{name}x2": KINDS[name] for name in ("bf16", "f16", "f32")}  # two in a register
 KINDS = {name: np.dtype(kind) for name, kind in KINDS.items()}

@@ -5,7 +5,6 @@ import re
 
 import jax
 import jax.numpy as jnp
-import jaxlib.gpu_triton
 import numpy as np
 import plugin
 import pytest
@@ -219,8 +218,7 @@ def test_missing_packages(monkeypatch):
 @pytest.fixture
 def on_rocm(on_cuda, monkeypatch):
     """jax-triton asks the plugin what GPU there is: a stand-in says gfx942."""
-    for name, value in plugin.NAMES.items():
-        monkeypatch.setattr(jaxlib.gpu_triton, name, value, raising=False)
+    plugin.replace(monkeypatch)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

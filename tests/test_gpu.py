@@ -1,7 +1,5 @@
 """The whole op by kernels: with JBN_TEST_GPU=1 on a GPU, elsewhere on a CPU that passes for one (`driver`)."""
 
-import os
-from contextlib import nullcontext
 from functools import partial
 
 import driver
@@ -12,6 +10,7 @@ import optax
 import oracle
 import pytest
 from cases import PROBLEMS, draw, evaluate, positional, train
+from driver import ON_GPU
 from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -19,13 +18,10 @@ from jax.sharding import PartitionSpec as P
 import jbn
 from jbn.linen import BatchNorm
 
-ON_GPU = bool(os.environ.get("JBN_TEST_GPU"))
-
 
 @pytest.fixture(scope="module", autouse=True)
 def gpu():
-    pytest.importorskip("jax_triton", reason="jax-triton is not installed", exc_type=ImportError)
-    with nullcontext() if ON_GPU else driver.installed() as calls:
+    with driver.gpu() as calls:
         yield calls
 
 

@@ -3,7 +3,6 @@
 They run in Triton's interpreter, and again compiled, their PTX on `machine`; with JBN_TEST_GPU=1 on a GPU instead.
 """
 
-import os
 from functools import partial
 
 import numpy as np
@@ -17,6 +16,7 @@ import interpreter
 import ml_dtypes
 import oracle
 import problems
+from driver import ON_GPU
 from problems import DTYPES, EPSILON, Drawn, check, cut, epsilon, execute, run_apply, run_moments
 
 from jbn.kernels import launches
@@ -24,7 +24,6 @@ from jbn.kernels.launches import Mask
 from jbn.kernels.tiling import Tiling, View
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # masked NaN and overflow, in NumPy
-ON_GPU = bool(os.environ.get("JBN_TEST_GPU"))
 
 
 def interpret(launch, arrays, outputs):
@@ -37,6 +36,7 @@ RUN = {"gpu": device.run} if ON_GPU else {"interpreted": interpret, "compiled": 
 @pytest.fixture(autouse=True, params=RUN)
 def where(request, monkeypatch):
     monkeypatch.setattr(problems, "run", RUN[request.param])
+    return request.param
 
 
 LAYOUTS = {"last": View(1, 150, 11, 1), "first": View(1, 6, 11, 25)}
@@ -89,10 +89,10 @@ def test_masks(name, splits):
 
 @pytest.mark.parametrize("channels", [1, 3, 65, 127, 1000])
 @pytest.mark.parametrize("rows", [1, 2, 49])
-def test_ragged(channels, rows):
+def test_ragged(channels, rows, where):
     # two values may be close to each other: then their std is small beside the rounding of their mean; of one value
-    # 1/std is 30, and what should be z̄ - z̄ is a fused product's rounding
-    factor = 8 if rows <= 2 else 1
+    # 1/std is 30, and what should be z̄ - z̄ is, compiled, a fused product's rounding
+    factor = 8 if rows == 2 or (rows == 1 and where != "interpreted") else 1
     for view in (View(1, rows, channels, 1), View(1, 1, channels, rows)):
         check(Drawn(view, activation="silu"), cut(view, 2, 32, 128), factor=factor)
 
@@ -159,8 +159,8 @@ def test_output_dtype():
 
 @pytest.mark.parametrize("layout", ["last", "first"])
 @pytest.mark.parametrize("mask", [None, Mask("full")])
-def test_large_mean(layout, mask):
-    """|mean| / std = 1e4: the variance is within 1e-3, here some times closer."""
+def test_large_mean(layout, mask, where):
+    """|mean| / std = 1e4: the variance is within 1e-3, interpreted ten times closer, by a GPU's division three."""
     view = View(1, 4096, 8, 1) if layout == "last" else View(1, 16, 8, 256)
     drawn = Drawn(view, mask=mask)
     drawn.x = np.random.default_rng(1).normal(1e4, 1, view).astype(np.float32)
@@ -168,7 +168,7 @@ def test_large_mean(layout, mask):
         _, mean, m2 = run_moments(drawn, Tiling(64, 8, splits, 4))
         wanted = drawn.moments()
         np.testing.assert_allclose(mean, wanted[1], rtol=3e-7)
-        np.testing.assert_allclose(m2, wanted[2], rtol=3e-4)
+        np.testing.assert_allclose(m2, wanted[2], rtol=1e-4 if where == "interpreted" else 3e-4)
 
 
 @pytest.mark.parametrize("row", [0, 4095])

@@ -1,6 +1,7 @@
 """The machine that runs compiled kernels: it computes what PTX says, and finds the faults it is there for."""
 
 import re
+from functools import partial
 
 import machine
 import numpy as np
@@ -8,8 +9,10 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+import compiled
+import problems
+
 from jbn.kernels import launches
-from jbn.kernels.binaries import compile_only
 from jbn.kernels.launches import Problem
 from jbn.kernels.tiling import Tiling, View
 
@@ -181,12 +184,12 @@ def test_what_is_read_before_the_atomic_may_not_be_there_yet(early):
 
 
 @pytest.mark.parametrize("missing", [None, "barriers", "release"])
-def test_the_last_program_reads_what_others_wrote(missing):
+def test_the_last_program_reads_what_others_wrote(missing, monkeypatch):
     """In the compiled kernel: without the barriers before the atomic, or its release, some of it is not there yet."""
     view = View(1, 600, 8, 1)
     launch = launches.moments(Problem(view, "float32", view.rows), 132, Tiling(64, 8, 5, 4))
-    compiled = compile_only(launch, ("float32", "float32"), "sm_90")
-    text = compiled.asm["ptx"]
+    x = np.random.default_rng(0).normal(1, 2, view).astype(np.float32)
+    text, shared = compiled.assembled(launch, [x, x])
     assert len(re.findall(r"atom\.global\.gpu\.acq_rel", text)) == 1
     before, after = text.split("atom.global.gpu.acq_rel")
     if missing == "barriers":  # they come before the last store instead
@@ -194,13 +197,10 @@ def test_the_last_program_reads_what_others_wrote(missing):
         before = f"{before[:last]}\nbar.sync 0;{before[last:].replace('bar.sync', '// bar.sync')}"
     text = f"{before}atom.global.gpu.{'relaxed' if missing == 'release' else 'acq_rel'}{after}"
 
-    x = np.random.default_rng(0).normal(1, 2, view).astype(np.float32)
     found = []
     for seed in range(3):
-        outputs = [np.full(o.shape, 0 if o.zeroed else np.nan, o.dtype) for o in launch.outputs]
-        numbers = [n for n in launch.numbers if n != 1]
-        machine.run(text, launch.programs, [x, x, *numbers, *outputs], compiled.metadata.shared, seed)
-        found.append(np.stack(outputs[1:3]))
+        monkeypatch.setattr(problems, "run", partial(compiled.run_text, text=text, shared=shared, seed=seed))
+        found.append(np.stack(problems.execute(launch, x, x)[1:3]))
     if missing is None:
         mean, m2 = found[0]
         np.testing.assert_allclose(mean[0], x.mean((0, 1, 3), np.float64), rtol=1e-6)
