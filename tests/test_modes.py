@@ -4,6 +4,7 @@ All jobs are one program. Where a setting leaves its text as it is, it is compil
 """
 
 import contextlib
+import re
 
 import flax.linen as nn
 import jax
@@ -150,6 +151,7 @@ SETTINGS = {
     "strict": [  # each raises what it dislikes, so that none hides another's
         lambda: jax.numpy_dtype_promotion("strict"),
         lambda: jax.numpy_rank_promotion("raise"),
+        lambda: jax.default_matmul_precision("BF16_BF16_F32"),
         lambda: jax.debug_nans(True),
         lambda: jax.debug_infs(True),
         lambda: jax.enable_checks(True),
@@ -188,6 +190,11 @@ def test_compiled(name, data, plain):
         lowered = jax.jit(program).lower(*data)
         run = compiled if lowered.as_text() == text else lowered.compile()
         check(run(*data), wanted)
+
+
+def test_no_matrix_product(plain):
+    """Its precision is the user's, by a name of jax's or any preset, and what cannot be compiled ends the process."""
+    assert not re.search("dot|convolution", plain[0])
 
 
 def test_call_by_call(data, plain):
