@@ -1,12 +1,11 @@
 """The op's two reductions in the form that XLA's CPU compiler runs fastest: both results from one pass over x.
 
-Its reductions and its loops have one result each, so that two sums read x twice. Here a loop over corresponding
-elements of some large parts of x has complex numbers for its result, whose halves are two partial sums. What is left,
-an eighth of the rows or less, is summed by a matrix product with ones: XLA fuses nothing into it, so that what comes
-before is computed once.
+Reduced over all rows, two sums are two passes there, or one of scalar code. But rows cut into few parts are added part
+to part by one loop with both results, whose few steps the compiler unrolls and vectorises. What is left, a part's rows,
+is summed as it is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import jax.numpy as jnp
 from jax import lax
@@ -14,72 +13,61 @@ from jax import lax
 from jbn import _xla
 from jbn._plan import Coefficients, Plan, compute_dtype, row_count
 
-PARTS = range(8, 17)  # how many equal parts rows are cut into: the first of these that divides them
 LITTLE = 2**14  # elements of a batch that are reduced as they are
-LONG = 2**15  # rows of a part past which the product, which adds them in turn, rounds too often
-NEAR = 16  # (mean − pivot)² / var, the factor by which sums of x − pivot multiply rounding, past which they do not do
+# Into how many equal parts rows are cut: the first that divides them. More would not be unrolled, fewer leave more.
+PARTS = (*range(8, 15), 7, 6, 5, 4)  # with an activation's derivative in the loop
+PLAIN_PARTS = range(32, 11, -1)
+HALF_PARTS = range(24, 11, -1)  # each number is converted
 
 
 def moments(plan: Plan, x, mask):
     """`mean, Σ(x − mean)²`, and the count before them where there is a mask.
 
-    From sums of x − pivot and its square; in the channels where these would cancel, what `jbn._xla` does.
+    The i-th rows of all P parts make a group, with sums s, q of its distances d from its first row and their squares.
+    Its own Σ(x − mean)² = q − s²/P cancels by no more than P times rounding, as q ≤ P · (q − s²/P) with one d = 0.
+    Groups then merge (Chan, Golub, LeVeque 1979) about the mean of all, so that nothing cancels.
     """
-    parts = _parts(plan, x)
+    parts = _parts(plan, x, PLAIN_PARTS if x.dtype.itemsize > 2 else HALF_PARTS)
     if mask is not None or parts is None:
         return _xla.moments(plan, x, mask)
-    wide = _in_rows(plan, x.astype(compute_dtype(x.dtype)))
-    pivot = _xla.typical_row(wide, (plan.batch,))
-    shifted = [part - pivot for part in _cut(wide, parts)]
-    total, squares = _totals(_sum(shifted), _sum([jnp.square(v) for v in shifted]))
-    shift = total / row_count(plan, x)
-    m2 = squares - total * shift
-    near = (total * shift <= NEAR * m2) & (m2 < jnp.inf)  # no outlier for a pivot, no NaN, no overflow
-    found = jnp.squeeze(pivot, -2) + shift, m2
-
-    def mended():
-        return tuple(jnp.where(near, f, e) for f, e in zip(found, _xla.moments(plan, x, None), strict=True))
-
-    return lax.cond(jnp.all(near), lambda: found, mended)
+    groups = row_count(plan, x) // parts
+    cut = _cut(plan, x.astype(compute_dtype(x.dtype)), parts)
+    first = lax.slice_in_dim(cut, 0, 1, axis=plan.batch)
+    distance = cut - first
+    s, q = _add_parts(plan, distance, jnp.square(distance))
+    first = jnp.squeeze(first, plan.batch)
+    pivot = _xla.typical_row(first, (plan.batch,))
+    off = first - pivot + s / parts  # a group's mean
+    shift = jnp.sum(off, plan.batch, keepdims=True) / groups
+    m2 = jnp.sum(q - jnp.square(s * parts**-0.5) + parts * jnp.square(off - shift), plan.batch)
+    return jnp.squeeze(pivot + shift, plan.batch), m2
 
 
 def gradient_sums(plan: Plan, x, coef: Coefficients, residual, mask, dy):
     """`Σ z̄, Σ z̄ · x̂` over the rows of each channel, where z̄ = activation'(z) · ȳ."""
-    parts = _parts(plan, x)
+    parts = _parts(plan, x, PARTS)
     if mask is not None or parts is None:
         return _xla.gradient_sums(plan, x, coef, residual, mask, dy)
-    view = plan._replace(channel=plan.batch + 1)
-    cut = [[None] * parts if v is None else _cut(_in_rows(plan, v), parts) for v in (x, residual, dy)]
-    pairs = [_xla.cotangent(view, x, coef, residual, None, dy)[:2] for x, residual, dy in zip(*cut, strict=True)]
-    total, product = _totals(_sum([dz for dz, _ in pairs]), _sum([dz * centred for dz, centred in pairs]))
-    return total, product * lax.rsqrt(coef.spread / plan.count + coef.epsilon)
+    x, residual, dy = (None if v is None else _cut(plan, v, parts) for v in (x, residual, dy))
+    dz, centred, rstd = _xla.cotangent(plan._replace(channel=plan.batch + 2), x, coef, residual, None, dy)
+    total, product = (jnp.sum(v, plan.batch) for v in _add_parts(plan, dz, dz * centred))
+    return total, product * jnp.squeeze(rstd, (plan.batch, plan.batch + 1))
 
 
-def _parts(plan: Plan, x) -> int | None:
+def _parts(plan: Plan, x, numbers: Iterable[int]) -> int | None:
     """How many parts rows are cut into, if that can be and is worth it."""
     count = row_count(plan, x)
     if plan.channel < x.ndim - 1 or count * x.shape[-1] <= LITTLE:
         return None
-    return next((n for n in PARTS if count % n == 0 and count // n <= LONG), None)
+    return next((n for n in numbers if count % n == 0), None)
 
 
-def _in_rows(plan: Plan, x):
-    """x as `(*batch, rows, C)`."""
-    return x.reshape(*x.shape[: plan.batch], row_count(plan, x), x.shape[-1])
+def _cut(plan: Plan, x, parts: int):
+    """x as `(*batch, parts, rows of a part, C)`."""
+    return x.reshape(*x.shape[: plan.batch], parts, row_count(plan, x) // parts, x.shape[-1])
 
 
-def _cut(x, parts: int):
-    return jnp.split(x, parts, -2)
-
-
-def _totals(a, b):
-    """Both summed over rows."""
-    both = lax.complex(a, b)
-    both = jnp.ones(both.shape[-2], both.dtype) @ both
-    return both.real, both.imag
-
-
-def _sum(values: Sequence):
-    """By pairs."""
-    half = len(values) // 2
-    return _sum(values[:half]) + _sum(values[half:]) if half else values[0]
+def _add_parts(plan: Plan, *values):
+    """Each summed over the parts."""
+    zeros = tuple(jnp.zeros((), v.dtype) for v in values)
+    return lax.reduce(values, zeros, lambda a, b: tuple(map(lax.add, a, b)), (plan.batch,))

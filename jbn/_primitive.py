@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Sequence
 
 import jax
-from jax._src.dispatch import prim_requires_devices_during_lowering
+from jax._src.dispatch import apply_primitive, prim_requires_devices_during_lowering
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -45,13 +45,6 @@ def primitive(
 
     def run(*flat, tree, plan, function=reference):
         return jax.tree.leaves(function(plan, *jax.tree.unflatten(tree, flat)))
-
-    @functools.cache
-    def compiled(tree, plan):
-        return jax.jit(functools.partial(prim.bind, tree=tree, plan=plan))
-
-    def impl(*flat, **params):
-        return compiled(**params)(*flat)
 
     def type_rule(*avals, **params):
         closed = jax.make_jaxpr(functools.partial(run, **params))(*avals)
@@ -112,7 +105,7 @@ def primitive(
         function = cpu if _splits(ctx, plan) else reference
         return other_lowering(ctx, *values, tree=tree, plan=plan, function=function)
 
-    prim.def_impl(impl)
+    prim.def_impl(functools.partial(apply_primitive, prim))
     prim.def_effectful_abstract_eval(type_rule)
     ad.primitive_jvps[prim] = jvp
     if transpose:
