@@ -8,6 +8,7 @@ if not os.environ.get("JBN_TEST_GPU"):
 
 import driver
 import jax
+import kept
 import plugin
 import pytest
 
@@ -24,6 +25,15 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.gpu)
         if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
             item.add_marker(pytest.mark.skip(reason="needs a GPU, and JBN_TEST_GPU=1"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kept_files(tmp_path_factory):
+    """The folder of `kept`: xdist's workers have folders of their own in one that they share."""
+    alone = "PYTEST_XDIST_WORKER" not in os.environ
+    base = tmp_path_factory.getbasetemp()
+    kept.folder = (base if alone else base.parent) / "kept"
+    kept.folder.mkdir(exist_ok=True)
 
 
 @pytest.fixture(scope="module")
