@@ -7,12 +7,14 @@ one place by one instruction. Shared memory starts as poison.
 An access is of `width` bytes a thread, at multiples of that: `at` counts in them.
 """
 
+import mmap
 from collections.abc import Sequence
 
 import numpy as np
 
 WARP = 32
 SPACE = 40  # bits of an address within its array
+NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE, which `mmap` has since Python 3.13
 NOBODY, SEVERAL = 0, -1  # programs and warps count from 1 where they are written down
 
 
@@ -22,7 +24,7 @@ class Memory:
     def __init__(self, arrays: Sequence[np.ndarray]):
         self.arrays = [a.reshape(-1).view(np.uint8) for a in arrays]
         self.addresses = [(i + 1) << SPACE for i in range(len(arrays))]
-        self.writers = [np.zeros(a.size, np.int32) for a in self.arrays]
+        self.writers = [mapped(a.size, np.int32) for a in self.arrays]
         self.counts = np.zeros((4, len(arrays)), int)
 
     def locate(self, addresses, width: int):
@@ -99,6 +101,12 @@ class Shared:
     @staticmethod
     def _rows(array, width: int):
         return array[: array.size // width * width].reshape(-1, width)
+
+
+def mapped(size: int, dtype):
+    """Zeros, of which there are in fact only those whose page has been written to, however large the array."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE
+    return np.frombuffer(mmap.mmap(-1, max(size, 1) * np.dtype(dtype).itemsize, flags=flags), dtype)[:size]
 
 
 def _cut(array, width: int):

@@ -239,6 +239,8 @@ PIECES = {  # shape, channel, leading batch axes, shape of the mask
 }
 
 
+# not compiled: what the kernels themselves make of such launches is above, and test_functional has whole ops compiled
+@pytest.mark.parametrize("where", ["gpu" if ON_GPU else "interpreted"], indirect=True)
 @pytest.mark.parametrize("name", PIECES)
 def test_pieces(name):
     """`jbn._triton` against `jbn._xla`: how arrays of any rank lie in memory, and masks of any shape."""
