@@ -1,6 +1,8 @@
 """Eight CPU devices, set before jax is imported; JBN_TEST_GPU=1 leaves the platform to jax."""
 
+import importlib.util
 import os
+from importlib.metadata import version
 
 if not os.environ.get("JBN_TEST_GPU"):
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -17,8 +19,16 @@ from jbn import _dispatch
 plugin.install()
 
 
-def pytest_collection_modifyitems(items):
-    """On a GPU the kernels' tests run there; elsewhere what is marked so is skipped."""
+def pytest_collection_modifyitems(config, items):
+    """On a GPU the kernels' tests run there; elsewhere what is marked so is skipped.
+
+    What depends on Triton's release alone need not be looked at on every Python: JBN_TRITON_TESTED names the releases
+    with which .ci/run has done so.
+    """
+    if importlib.util.find_spec("triton") and version("triton") in os.environ.get("JBN_TRITON_TESTED", "").split():
+        done = [item for item in items if item.get_closest_marker("triton")]
+        config.hook.pytest_deselected(items=done)
+        items[:] = [item for item in items if item not in done]
     for item in items:
         by_kernels = hasattr(item, "callspec") and item.callspec.params.get("implementation") == "kernels"
         if driver.ON_GPU and (by_kernels or item.path.stem in ("test_kernels", "test_gpu")):
