@@ -113,6 +113,8 @@ def _interpreting():
         (interpreter, "_get_np_dtype", _held_as),
         (interpreter, "_patch_lang_tensor", _patch_tensor),
         (interpreter.ReduceOps, "generic_reduce", _reduce),
+        # whether integers overflow is worked out each time, and asserted only in debug mode
+        (interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(sanitize_overflow=False)),
         (triton.knobs.runtime, "interpret", True),
     ]
     kept = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
