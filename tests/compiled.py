@@ -33,7 +33,9 @@ def described(launch, kinds: tuple[str, ...], target: str) -> tuple:
     written = tuple(o.dtype for o in launch.outputs)
     # whether a number is 1, and how wide it is, is part of what is compiled
     numbers = tuple((type(n), n == 1, n >= 2**31) for n in launch.numbers)
-    return launch.kernel.__name__, kinds, written, numbers, constants, launch.tiling.warps, target
+    # Triton's hash of the source and of what it calls
+    source = launch.kernel.cache_key
+    return source, kinds, written, numbers, constants, launch.tiling.warps, target
 
 
 def run_text(launch, arrays, outputs, text: str, shared: int, seed: int = 0) -> machine.Report:

@@ -1,8 +1,7 @@
 """Eight CPU devices, set before jax is imported; JBN_TEST_GPU=1 leaves the platform to jax."""
 
-import importlib.util
 import os
-from importlib.metadata import version
+from pathlib import Path
 
 if not os.environ.get("JBN_TEST_GPU"):
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -19,16 +18,8 @@ from jbn import _dispatch
 plugin.install()
 
 
-def pytest_collection_modifyitems(config, items):
-    """On a GPU the kernels' tests run there; elsewhere what is marked so is skipped.
-
-    What depends on Triton's release alone need not be looked at on every Python: JBN_TRITON_TESTED names the releases
-    with which .ci/run has done so.
-    """
-    if importlib.util.find_spec("triton") and version("triton") in os.environ.get("JBN_TRITON_TESTED", "").split():
-        done = [item for item in items if item.get_closest_marker("triton")]
-        config.hook.pytest_deselected(items=done)
-        items[:] = [item for item in items if item not in done]
+def pytest_collection_modifyitems(items):
+    """On a GPU the kernels' tests run there; elsewhere what is marked so is skipped."""
     for item in items:
         by_kernels = hasattr(item, "callspec") and item.callspec.params.get("implementation") == "kernels"
         if driver.ON_GPU and (by_kernels or item.path.stem in ("test_kernels", "test_gpu")):
@@ -39,10 +30,13 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session", autouse=True)
 def kept_files(tmp_path_factory):
-    """The folder of `kept`: xdist's workers have folders of their own in one that they share."""
-    alone = "PYTEST_XDIST_WORKER" not in os.environ
+    """The folder of `kept`: one that .ci/run gives to every Python, or one for this run.
+
+    xdist's workers have folders of their own in one that they share.
+    """
     base = tmp_path_factory.getbasetemp()
-    kept.folder = (base if alone else base.parent) / "kept"
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    kept.folder = Path(os.environ.get("JBN_TEST_KEPT", shared / "kept"))
     kept.folder.mkdir(exist_ok=True)
 
 

@@ -84,8 +84,10 @@ def compile_once(patch) -> None:
     compile_ = triton_lib.compile_ttir_inplace
 
     def once(module, backend, options, *rest):
-        # the text comes first: what is compiled is changed in place
-        return kept.once(("jax-triton", str(module), options, *rest), lambda: compile_(module, backend, options, *rest))
+        # as a text, for what is compiled is changed in place; options but for a path of the installation
+        chosen = {name: value for name, value in vars(options).items() if name != "extern_libs"}
+        key = "jax-triton", str(module), chosen, *rest
+        return kept.once(key, lambda: compile_(module, backend, options, *rest))
 
     patch.setattr(triton_lib, "compile_ttir_inplace", once)
 

@@ -1,19 +1,20 @@
-"""What is computed once a run of the tests, whichever test or worker of xdist comes first: files in a shared folder."""
+"""What Triton compiles is compiled once, whichever test, worker of xdist or Python comes first: files in a folder."""
 
 import hashlib
 import os
 import pickle
 import tempfile
 from collections.abc import Callable, Hashable
+from importlib.metadata import version
 from pathlib import Path
 
 folder: Path | None = None  # set by conftest
 
 
 def once(key: Hashable, compute: Callable):
-    """compute(), or what an earlier call with this key gave; the key's repr says all that the result depends on."""
+    """compute(), or what an earlier call gave; the key's repr says all that it depends on beside Triton's release."""
     assert folder is not None
-    path = folder / hashlib.sha256(repr(key).encode()).hexdigest()
+    path = folder / hashlib.sha256(repr((version("triton"), key)).encode()).hexdigest()
     if not path.exists():
         with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
             pickle.dump(compute(), file)

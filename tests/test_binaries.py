@@ -55,7 +55,6 @@ def check(layout, dtype, name, launch, binary):
         assert allotted * threads * launch.resident <= REGISTERS, where
 
 
-@pytest.mark.triton
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", VIEWS)
 @pytest.mark.parametrize("target", TARGETS)
@@ -64,7 +63,6 @@ def test_every_binary(target, layout, dtype):
         check(*row)
 
 
-@pytest.mark.triton
 @pytest.mark.parametrize("view", [View(1, 2**22, 1024, 1), View(1, 2**10, 1024, 2**12)], ids=["last", "first"])
 def test_beyond_32_bits(view):
     """x of 2³² elements: offsets have 64 bits, and what is checked above holds."""
