@@ -1,6 +1,7 @@
 """Eight CPU devices, set before jax is imported; JBN_TEST_GPU=1 leaves the platform to jax."""
 
 import os
+from pathlib import Path
 
 if not os.environ.get("JBN_TEST_GPU"):
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -8,6 +9,7 @@ if not os.environ.get("JBN_TEST_GPU"):
 
 import driver
 import jax
+import kept
 import plugin
 import pytest
 
@@ -24,6 +26,18 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.gpu)
         if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
             item.add_marker(pytest.mark.skip(reason="needs a GPU, and JBN_TEST_GPU=1"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kept_files(tmp_path_factory):
+    """The folder of `kept`: one that .ci/run gives to every Python, or one for this run.
+
+    xdist's workers have folders of their own in one that they share.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    kept.folder = Path(os.environ.get("JBN_TEST_KEPT", shared / "kept"))
+    kept.folder.mkdir(exist_ok=True)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import jax
+import kept
 import machine
 import numpy as np
 import plugin
@@ -61,6 +62,7 @@ def installed():
     with pytest.MonkeyPatch.context() as patch:
         plugin.replace(patch, TritonKernelCall=Call)
         patch.setattr(jax_triton.triton_lib, "_COMPILED_KERNEL_CACHE", {})
+        compile_once(patch)
         patch.setattr(jax.ffi, "ffi_lowering", ffi_lowering)
         for primitive, entry in _platform_specific_lowerings["cuda"].items():
             if primitive.name.startswith("jbn_"):
@@ -73,6 +75,21 @@ def installed():
             yield calls
         finally:
             jax.clear_caches()
+
+
+def compile_once(patch) -> None:
+    """What jax-triton compiles is kept for all tests."""
+    from jax_triton import triton_lib
+
+    compile_ = triton_lib.compile_ttir_inplace
+
+    def once(module, backend, options, *rest):
+        # as a text, for what is compiled is changed in place; options but for a path of the installation
+        chosen = {name: value for name, value in vars(options).items() if name != "extern_libs"}
+        key = "jax-triton", str(module), chosen, *rest
+        return kept.once(key, lambda: compile_(module, backend, options, *rest))
+
+    patch.setattr(triton_lib, "compile_ttir_inplace", once)
 
 
 def compiling_for(platform: str, ctx):

@@ -6,6 +6,7 @@ runs on whole arrays instead of element by element. Programs run one after the o
 is patched is private to Triton: seen to work with 3.6.0 and 3.9.0.
 """
 
+import functools
 from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -84,7 +85,9 @@ _cache: dict[int, interpreter.InterpretedFunction] = {}  # by id: a JITFunction'
 
 
 def _interpreted(function: JITFunction) -> interpreter.InterpretedFunction:
-    return _cache.setdefault(id(function), interpreter.InterpretedFunction(function.fn))
+    if id(function) not in _cache:
+        _cache[id(function)] = interpreter.InterpretedFunction(function.fn)
+    return _cache[id(function)]
 
 
 @contextmanager
@@ -107,8 +110,11 @@ def _interpreting():
         (builder, "create_masked_load", counted_load),
         (builder, "create_masked_store", counted_store),
         (interpreter, "_convert_float", _convert_float),
+        (interpreter, "_get_np_dtype", _held_as),
         (interpreter, "_patch_lang_tensor", _patch_tensor),
         (interpreter.ReduceOps, "generic_reduce", _reduce),
+        # whether integers overflow is worked out each time, and asserted only in debug mode
+        (interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(sanitize_overflow=False)),
         (triton.knobs.runtime, "interpret", True),
     ]
     kept = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
@@ -139,6 +145,13 @@ def _patch_tensor(tensor, scope):
     _patched_tensor(tensor, scope)
     # triton 3.6 leaves it an array of one element, which newer NumPy does not take for an integer
     scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
+_scalar_held_as = functools.cache(interpreter._get_np_dtype)  # which builds a table each time
+
+
+def _held_as(kind) -> np.dtype:
+    return np.dtype(np.uint64) if kind.scalar.is_ptr() else _scalar_held_as(kind.scalar)
 
 
 _truncating = interpreter._convert_float

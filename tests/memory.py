@@ -3,15 +3,19 @@
 That is an access outside of its array, or not aligned; a byte of global memory written by two programs; two warps that
 touch a byte of shared memory with no barrier between, one of them writing; and threads that write different values to
 one place by one instruction. Shared memory starts as poison.
+
+An access is of `width` bytes a thread, at multiples of that: `at` counts in them.
 """
 
+import mmap
 from collections.abc import Sequence
 
 import numpy as np
 
 WARP = 32
 SPACE = 40  # bits of an address within its array
-NOBODY, SEVERAL = -1, -2
+NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE, which `mmap` has since Python 3.13
+NOBODY, SEVERAL = 0, -1  # programs and warps count from 1 where they are written down
 
 
 class Memory:
@@ -20,31 +24,39 @@ class Memory:
     def __init__(self, arrays: Sequence[np.ndarray]):
         self.arrays = [a.reshape(-1).view(np.uint8) for a in arrays]
         self.addresses = [(i + 1) << SPACE for i in range(len(arrays))]
-        self.writers = [np.full(a.size, NOBODY, np.int32) for a in self.arrays]
+        self.writers = [mapped(a.size, np.int32) for a in self.arrays]
         self.counts = np.zeros((4, len(arrays)), int)
 
     def locate(self, addresses, width: int):
-        """(number of the array, (threads, width) indices of bytes) of an access."""
-        which = np.unique(addresses >> SPACE) - 1
-        if len(which) != 1 or not 0 <= which[0] < len(self.arrays):
+        """(number of the array, places in it) of an access."""
+        number = int(addresses[0] >> SPACE) - 1
+        base = (number + 1) << SPACE
+        if ((addresses - base) >> SPACE).any() or not 0 <= number < len(self.arrays):
             raise IndexError(f"no array is at {addresses}")
-        (number,) = which
-        return number, _places(addresses & (2**SPACE - 1), width, self.arrays[number].size, f"array {number}")
+        return number, _places(addresses - base, width, self.arrays[number].size, f"array {number}")
 
-    def count(self, threads, which: int, at, stored: bool) -> None:
-        sectors = np.unique(threads // WARP + (at[:, 0] // 32) * WARP)  # a program has no more than 32 warps
-        self.counts[int(stored), which] += at.size
-        self.counts[2 + stored, which] += 32 * len(sectors)
+    def count(self, threads, which: int, at, width: int, stored: bool) -> None:
+        sectors = np.sort(threads // WARP + (at * width // 32) * WARP)  # a program has no more than 32 warps
+        self.counts[int(stored), which] += at.size * width
+        self.counts[2 + stored, which] += 32 * (1 + np.count_nonzero(sectors[1:] != sectors[:-1]))
 
-    def load(self, which: int, at):
-        return self.arrays[which][at]
+    def load(self, which: int, at, width: int):
+        return _cut(self.arrays[which], width)[at]
+
+    def change(self, which: int, at, content) -> None:
+        """An atomic's store, which any program may make."""
+        _cut(self.arrays[which], content.dtype.itemsize)[at] = content.view(f"V{content.dtype.itemsize}")
 
     def store(self, program: int, which: int, at, content) -> None:
-        if not np.isin(self.writers[which][at], (NOBODY, program)).all():
+        """Content has a number of as many bytes as an access for each thread."""
+        kept = _cut(self.arrays[which], content.dtype.itemsize)
+        writers = self.writers[which][: kept.nbytes].reshape(-1, kept.itemsize)
+        before = writers.take(at, 0)
+        if not ((before == NOBODY) | (before == program + 1)).all():
             raise RuntimeError(f"programs write the same bytes of array {which}, {program} among them")
-        self.writers[which][at] = program
-        self.arrays[which][at] = content
-        _check_same(self.arrays[which][at], content)
+        writers[at] = program + 1
+        kept[at] = content
+        _check_same(kept[at], content)
 
 
 class Shared:
@@ -52,38 +64,68 @@ class Shared:
 
     def __init__(self, size: int):
         self.bytes = np.full(size, 0xFF, np.uint8)
-        self.barrier()
+        self.readers, self.writers = np.zeros((2, size), np.int8)
 
     def barrier(self) -> None:
-        self.readers, self.writers = (np.full(self.bytes.size, NOBODY) for _ in range(2))
+        self.readers.fill(NOBODY)
+        self.writers.fill(NOBODY)
 
     def places(self, addresses, width: int):
-        """(threads, width) indices of bytes of an access."""
+        """Places of an access."""
         return _places(addresses, width, self.bytes.size, "shared memory")
 
-    def load(self, at, warps):
-        _check_alone(self.writers[at], warps)
-        before = self.readers[at]
-        self.readers[at] = np.where((before == NOBODY) | (before == warps), warps, SEVERAL)
-        within = self.readers[at]  # of two warps in this one access the later
-        self.readers[at] = np.where(within == warps, warps, SEVERAL)
-        return self.bytes[at]
+    def load(self, at, warps, width: int):
+        """`warps` are numbers from 1, one a thread."""
+        warps = warps[:, None]
+        readers, writers = (self._rows(a, width) for a in (self.readers, self.writers))
+        _check_alone(writers.take(at, 0), warps)
+        before = readers.take(at, 0)
+        readers[at] = np.where((before == NOBODY) | (before == warps), warps, SEVERAL)
+        within = readers.take(at, 0)  # of two warps in this one access the later
+        if (within != warps).any():
+            readers[at] = np.where(within == warps, warps, SEVERAL)
+        return _cut(self.bytes, width)[at]
 
     def store(self, at, warps, content) -> None:
-        _check_alone(self.readers[at], warps)
-        # several may write what is the same
-        _check_alone(np.where(self.bytes[at] == content, NOBODY, self.writers[at]), warps)
-        self.bytes[at], self.writers[at] = content, warps
-        _check_same(self.bytes[at], content)
+        warps, width = warps[:, None], content.dtype.itemsize
+        readers, writers = (self._rows(a, width) for a in (self.readers, self.writers))
+        kept = _cut(self.bytes, width)
+        _check_alone(readers.take(at, 0), warps)
+        before = writers.take(at, 0)
+        if not ((before == NOBODY) | (before == warps)).all():  # several may write what is the same
+            same = _bytes(kept[at]) == _bytes(content)
+            _check_alone(np.where(same, NOBODY, before), warps)
+        kept[at], writers[at] = content, warps
+        _check_same(kept[at], content)
+
+    @staticmethod
+    def _rows(array, width: int):
+        return array[: array.size // width * width].reshape(-1, width)
+
+
+def mapped(size: int, dtype):
+    """Zeros, of which there are in fact only those whose page has been written to, however large the array."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE
+    return np.frombuffer(mmap.mmap(-1, max(size, 1) * np.dtype(dtype).itemsize, flags=flags), dtype)[:size]
+
+
+def _cut(array, width: int):
+    """Bytes as numbers without a meaning, of as many bytes each; what is left at the end is at no place."""
+    return array[: array.size // width * width].view(f"V{width}")
+
+
+def _bytes(numbers):
+    return np.ascontiguousarray(numbers).view(np.uint8).reshape(len(numbers), -1)
 
 
 def _places(at, width: int, size: int, where: str):
-    outside = (at < 0) | (at + width > size)
-    if outside.any():
+    if at.min() < 0 or at.max() + width > size:
+        outside = (at < 0) | (at + width > size)
         raise IndexError(f"{width} bytes at {at[outside]} of {size}, {where}")
-    if (at % width).any():
-        raise ValueError(f"{width} bytes at {at[at % width != 0]} are not aligned, {where}")
-    return at[:, None] + np.arange(width)
+    unaligned = at & (width - 1)
+    if unaligned.any():
+        raise ValueError(f"{width} bytes at {at[unaligned != 0]} are not aligned, {where}")
+    return at >> (width.bit_length() - 1)
 
 
 def _check_alone(others, warps) -> None:
@@ -92,5 +134,5 @@ def _check_alone(others, warps) -> None:
 
 
 def _check_same(kept, written) -> None:
-    if (kept != written).any():
+    if kept.tobytes() != written.tobytes():
         raise RuntimeError("threads write different values to one place: which of them stays is not specified")

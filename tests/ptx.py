@@ -6,6 +6,7 @@ Semantics: NVIDIA, Parallel Thread Execution ISA, version 9; approximations are 
 place, either way. Behind PTX ptxas may still fuse a product into a sum, where neither asks for rounding (`.rn`).
 """
 
+import functools
 import re
 from typing import NamedTuple
 
@@ -17,10 +18,11 @@ KINDS |= {f"{pair[0]}{8 * n}": np.dtype(f"{pair[1]}{n}") for pair in ("bu", "uu"
 KINDS |= {f"{name}x2": KINDS[name] for name in ("bf16", "f16", "f32")}  # two in a register
 KINDS = {name: np.dtype(kind) for name, kind in KINDS.items()}
 REGISTERS = {"%p": KINDS["pred"], "%rs": KINDS["b16"], "%r": KINDS["b32"], "%rd": KINDS["b64"]}
+SPECIAL = ("%tid.x", "%ctaid.x", "%nctaid.x", "global_smem")
 
 
 def kind_of(register: str) -> np.dtype:
-    return REGISTERS[register.rstrip("0123456789")]
+    return KINDS["b32"] if register in SPECIAL else REGISTERS[register.rstrip("0123456789")]
 
 
 class Instruction(NamedTuple):
@@ -163,9 +165,9 @@ COMPARE |= {
 # by first name; operands and result are of the kind that the last name says
 PLAIN = {
     "mov": lambda a: a,
-    "add": lambda a, b: a + b,
-    "sub": lambda a, b: a - b,
-    "mul": lambda a, b: a * b,
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
     "mad": lambda a, b, c: a * b + c,
     "fma": _fused,
     "div": _divided,
@@ -195,42 +197,48 @@ MODIFIERS = {
 }  # fmt: skip
 
 
-def computed(name: tuple[str, ...], *values):
-    """What an instruction gives for the values of its operands, each of the kind that `operand_kinds` says."""
-    kinds = 2 if name[0] == "cvt" else 1
-    if name[0] not in MODIFIERS or not set(name[1:-kinds]) <= set(MODIFIERS[name[0]].split()):
-        raise NotImplementedError(f"no rule is written for {'.'.join(name)}")
+@functools.cache
+def rule(name: tuple[str, ...]):
+    """An instruction's function of the values of its operands, each of the kind that `operand_kinds` says."""
     first = name[0]
-    if first == "selp":
-        yes, no, chosen = values
-        return np.where(chosen, yes, no)
-    if first == "setp":
-        found = COMPARE[name[1]](*values[:2])
-        if len(values) == 2:
-            return found
-        return {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}[name[2]](found, values[2])
-    if first == "cvt":
-        return _converted(name, *values)
-    if first in ("mul", "mad") and name[1] in ("wide", "hi"):
-        a, b, *c = values
-        bits = 8 * a.dtype.itemsize
-        if name[1] == "hi":  # Python's integers have as many bits as it takes
-            return (a.astype(object) * b.astype(object) >> bits).astype(a.dtype)
-        wide = np.dtype(f"{a.dtype.kind}{bits // 4}")
-        return sum(c, a.astype(wide) * b.astype(wide))
-    found = PLAIN[first](*values)
-    return _approximate(found) if "approx" in name or "full" in name else found
-
-
-def _converted(name, *values):
-    target = KINDS[name[-2]]
-    if name[-2].endswith("x2"):  # the first operand is the upper half
-        high, low = values
-        return np.stack([low.astype(target), high.astype(target)], -1).reshape(-1)
-    (value,) = values
-    if value.dtype.kind == "f" and target.kind in "iu":
+    kinds = 2 if first == "cvt" else 1
+    if first not in MODIFIERS or not set(name[1:-kinds]) <= set(MODIFIERS[first].split()):
         raise NotImplementedError(f"no rule is written for {'.'.join(name)}")
-    return value.astype(target)
+    kind = KINDS[name[-1]]
+    if first == "selp":
+        return lambda yes, no, chosen: np.where(chosen, yes, no)
+    if first == "setp":
+        return _compared(*name[1:-1])
+    if first == "cvt":
+        return _converted(name)
+    if first in ("mul", "mad") and name[1] in ("wide", "hi"):
+        bits = 8 * kind.itemsize
+        if name[1] == "hi":  # Python's integers have as many bits as it takes
+            return lambda a, b: (a.astype(object) * b.astype(object) >> bits).astype(kind)
+        wide = np.dtype(f"{kind.kind}{bits // 4}")
+        if first == "mad":
+            return lambda a, b, c: a.astype(wide) * b.astype(wide) + c
+        return lambda a, b: a.astype(wide) * b.astype(wide)
+    found = PLAIN[first]
+    return (lambda *values: _approximate(found(*values))) if "approx" in name or "full" in name else found
+
+
+def _compared(first: str, second: str | None = None):
+    """setp: a comparison, and what a third operand makes of it."""
+    compare = COMPARE[first]
+    if second is None:
+        return compare
+    combine = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}[second]
+    return lambda a, b, c: combine(compare(a, b), c)
+
+
+def _converted(name):
+    target, source = KINDS[name[-2]], KINDS[name[-1]]
+    if name[-2].endswith("x2"):  # the first operand is the upper half
+        return lambda high, low: np.stack([low.astype(target), high.astype(target)], -1).reshape(-1)
+    if source.kind == "f" and target.kind in "iu":
+        raise NotImplementedError(f"no rule is written for {'.'.join(name)}")
+    return lambda value: value.astype(target)
 
 
 def operand_kinds(name: tuple[str, ...], count: int) -> list[np.dtype]:

@@ -4,6 +4,7 @@ They run in Triton's interpreter, and again compiled, their PTX on `machine`; wi
 """
 
 from functools import partial
+from itertools import cycle, product
 
 import numpy as np
 import pytest
@@ -43,17 +44,25 @@ LAYOUTS = {"last": View(1, 150, 11, 1), "first": View(1, 6, 11, 25)}
 ACTIVATIONS = [None, "relu", "relu6", "leaky_relu", "silu", "hard_swish"]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+def places(*options):
+    """(where, layout, option): all, but compiled, which takes a second, each option with one of the layouts."""
+    every = [(where, *pair) for where in RUN if where != "compiled" for pair in product(LAYOUTS, options)]
+    return every + [("compiled", *pair) for pair in zip(cycle(LAYOUTS), options, strict=False) if "compiled" in RUN]
+
+
+@pytest.mark.parametrize("where, layout, residual", places(False, True), indirect=["where"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("residual", [False, True])
 def test_activations(layout, activation, residual):
     check(Drawn(LAYOUTS[layout], residual=residual, activation=activation), keep=residual)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+PARAMETERS = [(True, False), (False, True), (False, False)]  # scale, bias
+
+
+@pytest.mark.parametrize("where, layout, parameters", places(*PARAMETERS), indirect=["where"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scale, bias", [(True, False), (False, True), (False, False)])
-def test_dtypes_and_parameters(layout, dtype, scale, bias):
+def test_dtypes_and_parameters(layout, dtype, parameters):
+    scale, bias = parameters
     check(Drawn(LAYOUTS[layout], dtype, residual=True, activation="relu", scale=scale, bias=bias))
 
 
@@ -98,9 +107,10 @@ def test_ragged(channels, rows, where):
 
 
 def test_many_rows():
-    """Enough programs for several steps of the merge; the last one has a row too few."""
-    for view in (View(1, 100_003, 3, 1), View(1, 1, 3, 100_003)):
-        check(Drawn(view, activation="silu"), Tiling(2048, 4, 40, 8))
+    """Enough programs for several steps of the merge, 16 in each; the last one has a row too few."""
+    rows = 49 * 32 - 1
+    for view in (View(1, rows, 60, 1), View(1, 1, 60, rows)):
+        check(Drawn(view, activation="silu"), Tiling(32, 64, 40, 8))
 
 
 @pytest.mark.parametrize("layout", ["last", "first"])
@@ -239,6 +249,8 @@ PIECES = {  # shape, channel, leading batch axes, shape of the mask
 }
 
 
+# not compiled: what the kernels themselves make of such launches is above, and test_functional has whole ops compiled
+@pytest.mark.parametrize("where", ["gpu" if ON_GPU else "interpreted"], indirect=True)
 @pytest.mark.parametrize("name", PIECES)
 def test_pieces(name):
     """`jbn._triton` against `jbn._xla`: how arrays of any rank lie in memory, and masks of any shape."""
@@ -257,6 +269,9 @@ def test_pieces(name):
         if ON_GPU:
             return jax.jit(partial(_triton.piece(name, "cuda"), plan))(*operands)
         return getattr(_triton, name)(plan, *operands, runner=Interpreter("cuda"))
+
+    def reference(name, plan, *operands):
+        return jax.jit(partial(getattr(_xla, name), plan))(*operands)
 
     shape, channel, batch, mask_shape = PIECES[name]
     rng = np.random.default_rng(0)
@@ -283,7 +298,7 @@ def test_pieces(name):
             # of a single row the variance is 0, and 1/std is 30 times that of others
             oracle.assert_close(a, b, n=rows, factor=2 if rows > 1 else 60)
 
-    seen = _xla.moments(plan, x, mask)
+    seen = reference("moments", plan, x, mask)
     same(kernel("moments", plan, x, mask), seen)
     mean, m2 = seen[-2:]
     weight = None if mask is None else 1 / jnp.maximum(seen[0], 1)
@@ -291,17 +306,17 @@ def test_pieces(name):
     epsilons = jnp.full((*shape[:batch], 1), EPSILON, jnp.float32)
     coef = Coefficients(mean, m2 if weight is None else m2 * weight, weight, epsilons, scale, bias)
     for r in (None, residual):
-        same(kernel("apply", plan, x, coef, r), _xla.apply(plan, x, coef, r))
-        sums = _xla.gradient_sums(plan, x, coef, r, mask, dy)
+        same(kernel("apply", plan, x, coef, r), reference("apply", plan, x, coef, r))
+        sums = reference("gradient_sums", plan, x, coef, r, mask, dy)
         same(kernel("gradient_sums", plan, x, coef, r, mask, dy), sums)
-        want = _xla.gradient_input(plan, x, coef, r, mask, dy, sums)
+        want = reference("gradient_input", plan, x, coef, r, mask, dy, sums)
         same(kernel("gradient_input", plan, x, coef, r, mask, dy, sums), want)
         if r is not None:
-            kept = _xla.gradient_sums_keeping(plan, x, coef, r, mask, dy)
+            kept = reference("gradient_sums_keeping", plan, x, coef, r, mask, dy)
             same(kernel("gradient_sums_keeping", plan, x, coef, r, mask, dy), kept)
             *sums, dz = kept
             (dx,) = kernel("gradient_input", plan._replace(activation=None), x, coef, None, mask, dz, sums)
             same((dx, dz), want)
     given = plan._replace(centred=False, count=1)
-    want = _xla.gradient_input(given, x, coef, None, mask, dy, ())
+    want = reference("gradient_input", given, x, coef, None, mask, dy, ())
     same(kernel("gradient_input", given, x, coef, None, mask, dy, ()), want)

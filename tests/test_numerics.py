@@ -10,7 +10,7 @@ import pytest
 
 import jbn
 
-pytestmark = pytest.mark.usefixtures("strict")
+pytestmark = pytest.mark.usefixtures("strict", "implementation")
 
 train = jax.jit(
     functools.partial(jbn.bn_train, momentum=0.0),  # the new state is the batch's moments
@@ -81,7 +81,6 @@ def test_outliers_cost_no_accuracy(outliers, ratio, implementation):
     assert np.max(np.abs(state.mean - mean) / (std + np.abs(mean))) < 1e-5
 
 
-@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("rows", [1, 7, 1000, 4097])
 def test_a_constant_channel_has_no_variance(rows):
     constants = np.array([0.1, 1e10, 3e38, -7, 0, -3e38, 1e-30], np.float32)
@@ -118,12 +117,13 @@ def test_gradients_at_a_large_mean():
 
 @pytest.mark.parametrize("axis", [-1, 0])
 def test_many_rows_do_not_stagnate(axis):
-    """2²⁵ terms: past 2²⁴ a plain running sum in float32 absorbs what it is given."""
-    n = 2**25
+    """Past 2²⁴ terms a plain running sum in float32 absorbs what it is given, as does a count: here 3·2²³."""
+    n = 3 * 2**23
     x = np.random.default_rng(0).random(n, np.float32) + 3
     shape = (n, 1) if axis == -1 else (1, n)
     x = x.reshape(shape)
-    _, state = train(*fresh(x, axis), x, axis=axis)
+    moments = jax.jit(lambda *args: jbn.bn_train(*args, axis=axis, momentum=0.0)[1])  # nothing computes y
+    state = moments(*fresh(x, axis), x)
     assert relative_error(state.mean, x.mean(dtype=np.float64)) < 1e-6
     assert relative_error(state.var, x.var(dtype=np.float64)) < 1e-4
 
