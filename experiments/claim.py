@@ -100,7 +100,8 @@ def interval(samples: Sequence[float], *, ratio: bool = False) -> tuple[float, f
         t = stats.t.interval(CONFIDENCE, len(values) - 1, 0, stats.sem(values))
         low, high = min(bounds.low, t[0]), max(bounds.high, t[1])
     found = (float(middle + each) for each in (low, 0.0, high))
-    low, middle, high = (rounded(*(2 * (math.exp(each),) if ratio else (each, largest))) for each in found)
+    found = map(math.exp, found) if ratio else found
+    low, middle, high = (rounded(each, each if ratio else largest) for each in found)
     return low, middle, high
 
 
