@@ -1,10 +1,15 @@
-"""Eight CPU devices, set before jax is imported; JBN_TEST_GPU=1 leaves the platform to jax."""
+"""Eight CPU devices, set before jax is imported; JBN_TEST_GPU=1 leaves the platform to jax.
+
+LLVM's optimizations are half of the tests' time and, on a CPU, change nothing but speed and last digits: only the files
+in `OPTIMIZED`, whose question is digits in single and half precision, are compiled as users' programs are.
+"""
 
 import os
 
 if not os.environ.get("JBN_TEST_GPU"):
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # of the processes that tests start too
 
 import driver
 import jax
@@ -14,6 +19,7 @@ import pytest
 from jbn import _dispatch
 
 plugin.install()
+OPTIMIZED = {f"test_{name}" for name in ("cpu", "edges", "functional", "gradients", "kernels", "moments", "numerics")}
 
 
 def pytest_collection_modifyitems(items):
@@ -24,6 +30,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.gpu)
         if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
             item.add_marker(pytest.mark.skip(reason="needs a GPU, and JBN_TEST_GPU=1"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optimizations(request):
+    """Set anew by each file."""
+    wanted = request.path.stem in OPTIMIZED or driver.ON_GPU
+    jax.config.update("jax_disable_most_optimizations", not wanted)
 
 
 @pytest.fixture(scope="module")
