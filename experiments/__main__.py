@@ -73,9 +73,12 @@ def execute(name: str, entry: catalog.Entry, options: Options) -> int:
     restart_with(getattr(experiment, "ENVIRONMENT", {}))
     from rich.console import Console
 
+    from experiments.study import optimizing
+
     results = Results(name)
     try:
-        experiment.run(options, results)
+        with optimizing(not options.quick):
+            experiment.run(options, results)
         results.complete = True
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

@@ -10,6 +10,8 @@ import numpy as np
 CONFIDENCE = 0.95
 RESAMPLES = 9999
 FEWEST_SEEDS = 5
+LEVEL = 1e-12  # relative to the largest sample: means this close are equal but for rounding
+DIGITS = 9  # of the largest sample: beyond these processors may differ
 SUPPORTED, NOT_SUPPORTED, CONTRADICTED = "supported", "not supported", "contradicted"
 NOT_JUDGED = "not judged"  # a quick run checks the machinery, on too few seeds to say anything
 
@@ -70,7 +72,10 @@ def interval(samples: Sequence[float], *, ratio: bool = False) -> tuple[float, f
 
     Each bound is the further one of two: of the bias-corrected, accelerated bootstrap (Efron 1987), which follows the
     samples' skew, and of Student's t, since of few samples the bootstrap alone covers too little (of six, 87 %).
-    The resamples are the same every time.
+
+    The result is the samples' alone, whatever their order and the processor: the resamples are the same every time;
+    means of theirs within `LEVEL` of the samples' own count as equal to it, where rounding would put them on one side
+    or the other, which the bias correction counts; and what is returned has `DIGITS` digits.
 
     Raises:
       ValueError: fewer than two samples, one that is not finite, or a ratio that is not positive.
@@ -81,17 +86,30 @@ def interval(samples: Sequence[float], *, ratio: bool = False) -> tuple[float, f
     if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all() or (ratio and (values <= 0).any()):
         wanted = "positive" if ratio else "finite"
         raise ValueError(f"samples must be two or more {wanted} numbers, one for each seed, got {samples}")
-    values = np.log(values) if ratio else values
-    middle = values.mean()
-    if np.ptp(values) <= 1e-12 * np.abs(values).max():  # all the same: nothing to resample
-        found = (middle, middle, middle)
-    else:
+    values = np.sort(np.log(values) if ratio else values)
+    largest = 1.0 if ratio else float(np.abs(values).max()) or 1.0  # a difference of logarithms is relative already
+    level, middle = LEVEL * largest, values.mean()
+    low = high = 0.0
+    if np.ptp(values) > 2 * len(values) * level:  # else they are all the same: nothing to resample
+
+        def deviation(sample: Any, axis: int) -> Any:
+            return level * np.rint(sample.mean(axis) / level)
+
         told = {"n_resamples": RESAMPLES, "confidence_level": CONFIDENCE, "rng": np.random.default_rng(0)}
-        bounds = stats.bootstrap((values,), np.mean, method="BCa", **told).confidence_interval
-        t = stats.t.interval(CONFIDENCE, len(values) - 1, middle, stats.sem(values))
-        found = (min(bounds.low, t[0]), middle, max(bounds.high, t[1]))
-    low, middle, high = (float(math.exp(value)) if ratio else float(value) for value in found)
+        bounds = stats.bootstrap((values - middle,), deviation, method="BCa", **told).confidence_interval
+        t = stats.t.interval(CONFIDENCE, len(values) - 1, 0, stats.sem(values))
+        low, high = min(bounds.low, t[0]), max(bounds.high, t[1])
+    found = (float(middle + each) for each in (low, 0.0, high))
+    found = map(math.exp, found) if ratio else found
+    low, middle, high = (rounded(each, each if ratio else largest) for each in found)
     return low, middle, high
+
+
+def rounded(value: float, largest: float) -> float:
+    """`value` with the decimals that `largest` has in `DIGITS` digits."""
+    decimals = DIGITS - 1 - round(math.log10(largest))
+    # means of few decimals often end in a 5 there: three digits more are right whatever the processor, and decide
+    return round(round(value, decimals + 3), decimals)
 
 
 def judge(claim: Claim, samples: Sequence[float], quick: bool) -> dict[str, Any]:

@@ -2,19 +2,22 @@
 
 The main job's network is trained with the same data order twice: in this process, and data-parallel over
 `--processes` processes on this host, each with its part of every batch. Under `jit` the batch is split over all
-devices, and batch norm's statistics are those of the whole batch. The two loss curves differ by rounding alone.
+devices, and batch norm's statistics are those of the whole batch. The two loss curves differ by rounding alone; to show
+it they are in double precision, since training amplifies what single precision rounds until it can be seen.
 
 On a cluster, start the same command once per process with `--cluster`: SLURM, Open MPI and Kubernetes are recognised by
 `jax.distributed.initialize` itself, and process 0 writes the results.
 """
 
 import argparse
+import contextlib
 import json
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ from experiments.train import Schedule, train, wait
 LEARNING_RATE = 0.3
 SCHEDULE = Schedule(steps=200, batch_size=64, evaluate_every=20)
 QUICK = Schedule(steps=20, batch_size=64, evaluate_every=10)
+QUICK_FEATURES = (8, 8)
 HEARTBEAT = 20  # seconds without a sign of life after which the others give a process up
 
 
@@ -46,10 +50,14 @@ def arguments(parser: Any) -> None:
 
 
 class SplitBatch(nn.Module):
-    """The model, with training batches split over the mesh axis `data`."""
+    """The model in double precision, with training batches split over the mesh axis `data`."""
 
     model: nn.Module
     mesh: jax.sharding.Mesh
+
+    @nn.nowrap
+    def init(self, *args: Any, **options: Any) -> Any:
+        return jax.tree.map(lambda value: value.astype(np.float64), super().init(*args, **options))
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         if train:
@@ -76,12 +84,25 @@ def run(options: Options, results: Results) -> None:
         **schedule._asdict(),
     }
     started = time.perf_counter()
-    curve = loss_curve(options.seed, schedule)
+    model = DigitsCNN(features=QUICK_FEATURES) if options.quick else DigitsCNN()
+    with double_precision():
+        curve = loss_curve(model, options.seed, schedule)
     results.rows.append(row(jax.process_count(), jax.device_count(), curve, time.perf_counter() - started))
     if not (given.join or given.cluster):
         others = start(given.processes, options)
         results.rows.append(others)
         results.summary["largest_difference"] = float(np.max(np.abs(np.subtract(others["loss"], curve))))
+
+
+@contextlib.contextmanager
+def double_precision() -> Iterator[None]:
+    """`jax.enable_x64` for every thread: rules of partitioning run in one of the compiler's."""
+    before = jax.config.read("jax_enable_x64")
+    jax.config.update("jax_enable_x64", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
 
 
 def join(given: Any, processes: int) -> None:
@@ -93,23 +114,25 @@ def join(given: Any, processes: int) -> None:
         jax.distributed.initialize(address, processes, int(index), heartbeat_timeout_seconds=HEARTBEAT)
 
 
-def loss_curve(seed: int, schedule: Schedule) -> np.ndarray:
-    """The training loss of every step, `(steps,)`, over all devices of all processes."""
+def loss_curve(network: nn.Module, seed: int, schedule: Schedule) -> np.ndarray:
+    """The training loss of every step, `(steps,)` float64, over all devices of all processes."""
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     if schedule.batch_size % jax.device_count():
         raise SystemExit(
             f"error: {jax.device_count()} devices cannot share a batch of {schedule.batch_size} examples evenly"
         )
-    model = SplitBatch(DigitsCNN(), mesh)
+    model = SplitBatch(network, mesh)
     everywhere = NamedSharding(mesh, P())
-    digits = Split(*(jax.device_put(part, everywhere) for part in load_digits()))
+    train_x, train_y, *test = load_digits()
+    digits = Split(*(jax.device_put(part, everywhere) for part in (np.float64(train_x), train_y, *test)))
     key = jax.device_put(jax.random.key_data(jax.random.key(seed)), everywhere)
 
     @jax.jit
     def whole(key: jax.Array, digits: Split) -> Any:
-        return train(model, optax.sgd(LEARNING_RATE), digits, jax.random.wrap_key_data(key), schedule).loss
+        start = jax.random.wrap_key_data(key)
+        return train(model, optax.sgd(LEARNING_RATE), digits, start, schedule, evaluate=lambda variables: ()).loss
 
-    return np.asarray(wait(whole(key, digits)), np.float64)
+    return np.asarray(wait(whole(key, digits)))
 
 
 def row(processes: int, devices: int, loss: np.ndarray, seconds: float) -> dict[str, Any]:

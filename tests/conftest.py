@@ -1,4 +1,8 @@
-"""Eight CPU devices, set before jax is imported; JBN_TEST_GPU=1 leaves the platform to jax."""
+"""Eight CPU devices, set before jax is imported; JBN_TEST_GPU=1 leaves the platform to jax.
+
+LLVM's optimizations are half of the tests' time and, on a CPU, change nothing but speed and last digits: only the files
+in `OPTIMIZED`, whose question is digits in single and half precision, are compiled as users' programs are.
+"""
 
 import os
 from pathlib import Path
@@ -6,6 +10,7 @@ from pathlib import Path
 if not os.environ.get("JBN_TEST_GPU"):
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # of the processes that tests start too
 
 import driver
 import jax
@@ -16,6 +21,7 @@ import pytest
 from jbn import _dispatch
 
 plugin.install()
+OPTIMIZED = {f"test_{name}" for name in ("cpu", "edges", "functional", "gradients", "kernels", "moments", "numerics")}
 
 
 def pytest_collection_modifyitems(items):
@@ -38,6 +44,13 @@ def kept_files(tmp_path_factory):
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     kept.folder = Path(os.environ.get("JBN_TEST_KEPT", shared / "kept"))
     kept.folder.mkdir(exist_ok=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optimizations(request):
+    """Set anew by each file."""
+    wanted = request.path.stem in OPTIMIZED or driver.ON_GPU
+    jax.config.update("jax_disable_most_optimizations", not wanted)
 
 
 @pytest.fixture(scope="module")
