@@ -12,6 +12,7 @@ from jbn import _dispatch
 from jbn._collectives import vary
 from jbn._device import GPUS, INSTALL
 from jbn._partition import is_typed, split
+from jbn._plan import is_symbolic
 
 
 def primitive(
@@ -108,8 +109,8 @@ def primitive(
         return lowering(ctx, *values, tree=tree, plan=plan, function=function)
 
     def cpu_lowering(ctx, *values, tree, plan):
-        # it cuts x, which XLA would move between devices that it splits x over by itself
-        function = cpu if _splits(ctx, plan) else reference
+        # it cuts x, at known places, which XLA would move between devices that it splits x over by itself
+        function = cpu if _splits(ctx, plan) and not is_symbolic(ctx.avals_in[0].shape) else reference
         return other_lowering(ctx, *values, tree=tree, plan=plan, function=function)
 
     prim.def_impl(impl)
