@@ -66,6 +66,11 @@ def choose(name: str, plan: Plan, platform: str, x, *operands) -> Choice:
     return Choice("triton", f"measured to win from {win.size} bytes on {win.device} ({win.source})")
 
 
+def basis(platform: str) -> tuple:
+    """What `choose` goes by besides its arguments."""
+    return WINS, gpu(platform), packages(platform)
+
+
 def kernels(name: str, platform: str):
     """The function of piece `name` that launches kernels."""
     from jbn import _triton
