@@ -202,6 +202,8 @@ def _bound(name) -> bool:
         lax.axis_size(name)
     except NameError:
         return False
+    except jax.errors.InconclusiveDimensionOperation:
+        pass  # an axis of symbolic size
     return True
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jbn._device import GPUS, INSTALL, gpu
-from jbn._plan import Plan, size_in_bytes
+from jbn._plan import Plan, is_symbolic, size_in_bytes
 
 
 class Win(NamedTuple):
@@ -66,6 +66,11 @@ def choose(name: str, plan: Plan, platform: str, x, *operands) -> Choice:
     return Choice("triton", f"measured to win from {win.size} bytes on {win.device} ({win.source})")
 
 
+def basis(platform: str) -> tuple:
+    """What `choose` goes by besides its arguments."""
+    return WINS, gpu(platform), packages(platform)
+
+
 def kernels(name: str, platform: str):
     """The function of piece `name` that launches kernels."""
     from jbn import _triton
@@ -94,6 +99,8 @@ def obstacle(name: str, plan: Plan, platform: str, x, *operands) -> str | None:
         kind = jnp.dtype(value.dtype).name
         if kind not in ("float16", "bfloat16", "float32", "bool"):
             return f"dtype {kind} is not among the kernels' (float16, bfloat16, float32)"
+    if is_symbolic(x.shape):
+        return f"x has the symbolic shape {x.shape}, and kernels are compiled for sizes"
     if x.size == 0:
         return f"x of shape {x.shape} is empty"
     architecture = gpu(platform).architecture
@@ -149,7 +156,8 @@ def describe(plan: Plan, x) -> str:
 
 
 def _covers(win: Win, plan: Plan, x) -> bool:
-    return (win.dtype, win.layout) == (jnp.dtype(x.dtype).name, layout(plan, x)) and size_in_bytes(x) >= win.size
+    alike = (win.dtype, win.layout) == (jnp.dtype(x.dtype).name, layout(plan, x))
+    return alike and not is_symbolic(x.shape) and size_in_bytes(x) >= win.size
 
 
 def _release(version: str) -> tuple[int, ...]:

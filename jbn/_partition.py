@@ -15,20 +15,21 @@ from jax.sharding import PartitionSpec as P
 from jbn._plan import Plan, rows
 
 
-def split(local: Callable, combine: Callable | None, plan: Plan, sharding) -> Callable:
+def split(local: Callable, uneven: Callable, combine: Callable | None, plan: Plan, sharding) -> Callable:
     """A function of flat operands that computes `local` on each device, merged by `combine(x, out, names)`, if any.
 
     The first operand is x, of which `sharding` is the type's. Operands and outputs have its rank (1 where a mask is the
-    same all along), or are vectors `(*batch, C)`. On one device it is `local` itself.
+    same all along), or are vectors `(*batch, C)`. On one device it is `local` itself. Where the devices do not divide x
+    evenly, `uneven`, which computes the same, takes its place.
     """
 
-    def merged(names, *flat):
-        out = local(*flat)
+    def merged(function, names, *flat):
+        out = function(*flat)
         return combine(flat[0], out, names) if combine and names else out
 
-    if is_typed(sharding):
-        return _by_type(merged, local, plan, sharding)
-    return _by_compiler(merged, local, plan, reduces=combine is not None)
+    if is_typed(sharding):  # which has to be even
+        return _by_type(partial(merged, local), local, plan, sharding)
+    return _by_compiler(merged, local, uneven, plan, reduces=combine is not None)
 
 
 def is_typed(sharding) -> bool:
@@ -55,19 +56,19 @@ def _by_type(merged: Callable, local: Callable, plan: Plan, sharding) -> Callabl
     return run
 
 
-def _by_compiler(merged: Callable, local: Callable, plan: Plan, reduces: bool) -> Callable:
+def _by_compiler(merged: Callable, local: Callable, uneven: Callable, plan: Plan, reduces: bool) -> Callable:
     """Over an automatic mesh: the compiler decides how x is split, and asks."""
 
     def partition(mesh, operands, results):
         x = operands[0]
+        asked = full(x.sharding.spec, len(x.shape))
+        even = tuple(s if n % ways(mesh, s) == 0 else None for s, n in zip(asked, x.shape, strict=True))
         # a device's part of an uneven axis is padded, and padding must not be counted: gather that axis instead
-        spec = tuple(
-            s if n % ways(mesh, s) == 0 else None
-            for s, n in zip(full(x.sharding.spec, len(x.shape)), x.shape, strict=True)
-        )
+        spec = even if reduces else asked
         given = tuple(NamedSharding(mesh, _spec(plan, spec, x.shape, o.shape)) for o in operands)
         found = [NamedSharding(mesh, _spec(plan, spec, x.shape, r.shape)) for r in results]
-        return mesh, partial(merged, _row_names(plan, spec)), found, given
+        function = local if even == asked else uneven
+        return mesh, partial(merged, function, _row_names(plan, spec)), found, given
 
     def rule(_, operands, results):
         """Operands and results in einsum-like notation, by which shardings propagate."""

@@ -8,13 +8,13 @@ from jbn import _cpu, _xla
 from jbn._collectives import Sync, add_across
 from jbn._dispatch import may_use_kernels
 from jbn._merge import Moments, merge_across
-from jbn._plan import Plan, row_count
+from jbn._plan import Plan, known_count
 from jbn._primitive import primitive
 
 
 def _merge_devices(plan: Plan, x, out, names):
     static = len(out) == 2
-    seen = merge_across(Moments(row_count(plan, x) if static else out[0], *out[-2:]), Sync.over((names,)))
+    seen = merge_across(Moments(known_count(plan, x, out[-1]) if static else out[0], *out[-2:]), Sync.over((names,)))
     return list(seen[1:] if static else seen)
 
 

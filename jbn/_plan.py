@@ -48,6 +48,17 @@ def row_count(plan: Plan, x) -> int:
     return math.prod(x.shape[a] for a in rows(plan, x.ndim))
 
 
+def known_count(plan: Plan, x, like):
+    """`row_count`: an integer, or where that is symbolic data, of `like`'s shape and dtype."""
+    count = row_count(plan, x)
+    return count if isinstance(count, int) else jnp.full_like(like, count)
+
+
+def is_symbolic(shape) -> bool:
+    """Whether a dimension is known only to be some positive integer, as `jax.export` may have it."""
+    return not all(isinstance(n, int) for n in shape)
+
+
 def size_in_bytes(value) -> int:
     """What an array, or a description of one, takes in memory."""
     return math.prod(value.shape) * jnp.dtype(value.dtype).itemsize

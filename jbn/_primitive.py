@@ -4,14 +4,18 @@ import functools
 from collections.abc import Callable, Sequence
 
 import jax
+from jax._src.custom_partitioning import _sharding_callbacks
 from jax._src.dispatch import apply_primitive, prim_requires_devices_during_lowering
 from jax.extend.core import Primitive
+from jax.extend.mlir import ir
 from jax.interpreters import ad, batching, mlir
 
 from jbn import _dispatch
 from jbn._collectives import vary
 from jbn._device import GPUS, INSTALL
+from jbn._identity import identity
 from jbn._partition import is_typed, split
+from jbn._plan import is_symbolic
 
 
 def primitive(
@@ -72,12 +76,16 @@ def primitive(
             return [value[0] for value in out], [None] * len(out)
         return out, [0] * len(out)
 
-    def lowering(ctx, *values, tree, plan, function=reference):
+    def lowering(ctx, *values, tree, plan, function=reference, uneven=None, basis=None):
         local = functools.partial(run, tree=tree, plan=plan, function=function)
-        if (combine or function is not reference) and _splits(ctx, plan):
-            merge = functools.partial(combine, plan) if combine else None
-            local = split(local, merge, plan, ctx.avals_in[0].sharding)
-        return mlir.lower_fun(local, multiple_results=True)(ctx, *values)
+        if not ((combine or function is not reference) and _splits(ctx, plan)):
+            return mlir.lower_fun(local, multiple_results=True)(ctx, *values)
+        merge = functools.partial(combine, plan) if combine else None
+        padded = functools.partial(local, function=uneven) if uneven else local
+        local = split(local, padded, merge, plan, ctx.avals_in[0].sharding)
+        out = mlir.lower_fun(local, multiple_results=True)(ctx, *values)
+        _name_rule(ctx, out, name, function.__module__, function.__qualname__, plan, tree, basis)
+        return out
 
     def gpu_lowering(platform, ctx, *values, tree, plan):
         def chosen(plan, *operands):
@@ -88,8 +96,11 @@ def primitive(
         operands = jax.tree.unflatten(tree, ctx.avals_in)
         if plan.implementation == "triton":
             _dispatch.choose(name, plan, platform, *operands)  # raises here, not while the compiler splits
-        function = chosen if _dispatch.may_use_kernels(plan, operands[0]) else reference
-        return lowering(ctx, *values, tree=tree, plan=plan, function=function)
+        by_default = plan.implementation is None
+        if not _dispatch.may_use_kernels(plan, operands[0]) or (by_default and not _divides(ctx, plan)):
+            return lowering(ctx, *values, tree=tree, plan=plan)
+        uneven, basis = reference if by_default else chosen, _dispatch.basis(platform)
+        return lowering(ctx, *values, tree=tree, plan=plan, function=chosen, uneven=uneven, basis=basis)
 
     def other_lowering(ctx, *values, tree, plan, function=reference):
         if kernel and plan.implementation == "triton":
@@ -101,8 +112,8 @@ def primitive(
         return lowering(ctx, *values, tree=tree, plan=plan, function=function)
 
     def cpu_lowering(ctx, *values, tree, plan):
-        # it cuts x, which XLA would move between devices that it splits x over by itself
-        function = cpu if _splits(ctx, plan) else reference
+        # it cuts x, at known places, which XLA would move between devices that it splits x over by itself
+        function = cpu if _splits(ctx, plan) and not is_symbolic(ctx.avals_in[0].shape) else reference
         return other_lowering(ctx, *values, tree=tree, plan=plan, function=function)
 
     prim.def_impl(functools.partial(apply_primitive, prim))
@@ -131,8 +142,41 @@ def _splits(ctx, plan) -> bool:
 
     Over an automatic mesh they call back into this process, which exported code cannot: there XLA splits by itself.
     """
-    exported = ctx.module_context.lowering_parameters.for_export
-    return plan.sharded and (is_typed(ctx.avals_in[0].sharding) or not exported)
+    return plan.sharded and (is_typed(ctx.avals_in[0].sharding) or not _exported(ctx))
+
+
+def _divides(ctx, plan) -> bool:
+    """Whether x is one device's own, or cut by rules of ours: by itself XLA would gather it for a kernel.
+
+    What is exported may run on any number of devices, and on another GPU than kernels are compiled for.
+    """
+    context = ctx.module_context.axis_context
+    if hasattr(context, "manual_axes"):
+        own = context.manual_axes >= set(context.mesh.axis_names)
+    else:
+        own = getattr(context, "num_devices", 1) == 1
+    return (own or _splits(ctx, plan)) and not _exported(ctx)
+
+
+def _exported(ctx) -> bool:
+    return ctx.module_context.lowering_parameters.for_export
+
+
+def _name_rule(ctx, out: Sequence[ir.Value], *parts) -> None:
+    """Names the rule, which the compiler asks how to split, by what it depends on.
+
+    JAX names it by an address, so that no process would find in its compilation cache what another left there. The name
+    stands twice in the program, since a setting of JAX's takes the first out of what the cache goes by.
+    """
+    call = out[0].owner
+    if call.name != "stablehlo.custom_call" or call.attributes["call_target_name"].value != "CustomSPMDPartitioning":
+        return  # on one device, or explicitly split, there is no rule
+    rule = _sharding_callbacks[call.attributes["backend_config"].value.encode()]
+    name = identity(*parts, tuple(rule.mesh.shape.items()), rule.module_context.platforms)
+    call.attributes["backend_config"] = ir.StringAttr.get(name)
+    call.attributes["mhlo.frontend_attributes"] = ir.DictAttr.get({"jbn_rule": ir.StringAttr.get(name)})
+    # one of several that are alike answers for all, and lives as long as any program that may ask it
+    ctx.module_context.add_keepalive(_sharding_callbacks.setdefault(name.encode(), rule))
 
 
 def _to_front(value: jax.Array, dim: int | None, size: int) -> jax.Array:

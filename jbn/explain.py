@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import core
 from jax.extend.core import jaxprs_in_params
-from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from jbn import _check, _dispatch, _sent
@@ -154,6 +154,9 @@ def explain(
         "inference": list(_pieces(jax.make_jaxpr(infer)(params, state, x, residual).jaxpr)),
     }
     chosen, reason, notes = _choice(platform, pieces)
+    if chosen == "triton" and implementation is None:
+        problem = _unsplit(whole, parts, gathered, virtual)
+        chosen, reason = ("xla", problem) if problem else (chosen, reason)
     if not isinstance(whole.sharding, NamedSharding | SingleDeviceSharding | None):
         notes.append(
             f"x has a {type(whole.sharding).__name__}, expected a NamedSharding: explained as if on one device"
@@ -230,6 +233,15 @@ def _choice(platform: str, passes: dict[str, list[_Piece]]) -> tuple[str | None,
         notes.append(f"implementation='triton' would {f'raise: {problem}' if problem else 'run the kernels'}")
     *_, first = choices[0]
     return first.implementation, first.reason, notes
+
+
+def _unsplit(x, parts: list[int], gathered: list[int], virtual) -> str | None:
+    """Why the default leaves a sharded x to XLA, which cannot split it for a kernel."""
+    for axis in gathered:
+        return f"axis {axis} of x, {x.shape[axis]} long, is not divided evenly, as the default has it for kernels"
+    if virtual is not None and math.prod(parts) > 1 and AxisType.Explicit not in x.sharding.mesh.axis_types:
+        return "XLA alone splits virtual batches over an automatic mesh, and would gather x for a kernel"
+    return None
 
 
 def _launches(pieces: list[_Piece], platform: str) -> tuple[KernelLaunch, ...]:

@@ -9,7 +9,7 @@ from jbn import _pieces
 from jbn._check import check_axis, check_input, check_mask, check_names, splittable
 from jbn._collectives import Sync
 from jbn._merge import Moments, merge_two
-from jbn._plan import Plan, compute_dtype, row_count
+from jbn._plan import Plan, compute_dtype, known_count, row_count
 
 
 def moments(x, *, axis: int = -1, mask=None, axis_name: str | Sequence[str] | None = None) -> Moments:
@@ -35,8 +35,10 @@ def moments(x, *, axis: int = -1, mask=None, axis_name: str | Sequence[str] | No
     x = check_input(x)
     plan = Plan(check_axis(axis, x), 0, 1, True, None, compute_dtype(x.dtype), Sync(), splittable(), None)
     plan = plan._replace(sync=check_names(axis_name, None))
-    out = _pieces.synchronise(plan, local_moments(plan, x, check_mask(mask, x)))
-    return out._replace(count=jnp.asarray(out.count, out.mean.dtype))
+    mask = check_mask(mask, x)
+    out = _pieces.synchronise(plan, local_moments(plan, x, mask))
+    count = row_count(plan, x) * plan.sync.members if mask is None else out.count
+    return out._replace(count=jnp.asarray(count, out.mean.dtype))
 
 
 def merge(*parts: Moments) -> Moments:
@@ -62,7 +64,6 @@ def merge(*parts: Moments) -> Moments:
 
 
 def local_moments(plan: Plan, x, mask) -> Moments:
-    """Moments of this member's rows, `(*batch, C)`; the count is a Python integer unless a mask makes it data."""
-    if mask is None:
-        return Moments(row_count(plan, x), *_pieces.moments(plan, x, None))
-    return Moments(*_pieces.moments(plan, x, mask))
+    """Moments of this member's rows, `(*batch, C)`; the count is a Python integer unless mask or shape make it data."""
+    seen = _pieces.moments(plan, x, mask)
+    return Moments(known_count(plan, x, seen[-1]), *seen) if mask is None else Moments(*seen)

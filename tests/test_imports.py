@@ -103,9 +103,9 @@ def test_only_these_import(package, importers):
         assert home or not uses, f"{module} imports {uses}"
 
 
-def test_one_private_import_at_most():
+def test_private_imports_are_in_one_place():
     private = [(m, i) for m, imports in IMPORTS.items() for i in imports if i.startswith("jax._src")]
-    assert len(private) <= 1, private
+    assert {m for m, _ in private} <= {"jbn._primitive"} and len(private) <= 2, private
 
 
 def test_kernels_know_no_jax():

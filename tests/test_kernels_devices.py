@@ -157,8 +157,9 @@ def test_in_the_interpreter(way, devices, on_cpu, monkeypatch):
     check(*spread(way, devices))
 
 
-def test_split_by_the_compiler(devices, on_cpu, monkeypatch):
-    """Over an automatic mesh, where no callback survives: plain jnp as the kernels, split by their rules."""
+@pytest.fixture
+def spied(monkeypatch):
+    """Names of pieces, and the shapes of x that kernels, here plain jnp, are traced for; in the default's table too."""
     shapes = {}
 
     def kernels(name, platform):
@@ -169,10 +170,76 @@ def test_split_by_the_compiler(devices, on_cpu, monkeypatch):
         return piece
 
     monkeypatch.setattr(_dispatch, "kernels", kernels)
-    f, mesh, given = spread("automatic", devices)
+    monkeypatch.setattr(_dispatch, "obstacle", lambda *_: None)
+    monkeypatch.setattr(_dispatch, "WINS", (_dispatch.Win("", "float32", "last", 0, "a test"),))
+    jax.clear_caches()
+    yield shapes
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("implementation", [None, "triton"])
+def test_split_by_the_compiler(implementation, devices, on_cpu, spied):
+    """Over an automatic mesh, where no callback survives: plain jnp as the kernels, split by their rules."""
+    f, mesh, given = spread("automatic", devices, implementation)
     check(f, mesh, given)
     text = f.lower(*given).compile().as_text()
     assert re.findall(r"= (\S+?)\{\S* all-gather\(", text) == ["f32[8,3,8]"], "moments, and nothing of x's size"
     assert len(re.findall(r" all-reduce\(", text)) == 1
     part = (SHAPE[0] // 8, *SHAPE[1:])
-    assert shapes == {name: {SHAPE, part} for name in PIECES if name != "gradient_sums"}
+    assert spied == {name: {SHAPE, part} for name in PIECES if name != "gradient_sums"}
+
+
+@pytest.mark.parametrize("implementation", [None, "triton"])
+def test_uneven_parts(implementation, devices, on_cpu, spied):
+    """The default leaves them to XLA; kernels asked for by name take padded parts, but where they reduce."""
+    mesh = jax.make_mesh((3,), ("d",), axis_types=(AxisType.Auto,), devices=devices[:3])
+
+    def uneven(implementation, x, residual, dy, *rest):
+        x, residual, dy = (jax.lax.with_sharding_constraint(v, NamedSharding(mesh, P("d"))) for v in (x, residual, dy))
+        return step(x, residual, dy, *rest, implementation=implementation)
+
+    def gathers(implementation):
+        text = jax.jit(functools.partial(uneven, implementation)).lower(*data()).compile().as_text()
+        return len(re.findall(r"= f32\[18,4,8\]\S* all-gather\(", text))
+
+    check(jax.jit(functools.partial(uneven, implementation)), mesh, data())
+    part = (6, *SHAPE[1:])  # of 16, the last one padded
+    elementwise = {SHAPE} if implementation is None else {SHAPE, part}
+    assert spied["apply"] == spied["gradient_input"] == elementwise
+    assert spied["moments"] == spied["gradient_sums_keeping"] == {SHAPE}
+    assert gathers(implementation) <= gathers("xla")
+
+
+def test_the_default_where_xla_alone_splits(devices, spied):
+    """Virtual batches, meshes that are partly manual, and what is exported, would gather x for a kernel."""
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    params, state = jbn.bn_init(SHAPE[-1])
+    x = jax.device_put(data()[0], NamedSharding(mesh, P("a")))
+
+    def lowered(names=None, **options):
+        spied.clear()
+        f = lambda x: jbn.bn_train(params, state, x, axis_name="a" if names else None, **options)[0]  # noqa: E731
+        if names:
+            f = jax.shard_map(f, mesh=mesh, in_specs=P("a"), out_specs=P("a"), axis_names=names)
+        jax.jit(f).trace(x).lower(lowering_platforms=("cuda",))
+        return set(spied)
+
+    assert lowered() == lowered(names={"a", "b"}) == {"moments", "apply"}
+    assert lowered(names={"a"}) == lowered(virtual_batch_size=4) == set()
+    told = jbn.explain(x, virtual_batch_size=4, platform="cuda")
+    assert told.implementation == "xla"
+    assert told.reason == "XLA alone splits virtual batches over an automatic mesh, and would gather x for a kernel"
+    spied.clear()
+    one = jax.jit(lambda x: jbn.bn_train(params, state, x)[0])
+    jax.export.export(one, platforms=("cuda",))(jax.ShapeDtypeStruct(SHAPE, np.float32))
+    assert not spied
+    one.trace(data()[0]).lower(lowering_platforms=("cuda",))
+    assert set(spied) == {"moments", "apply"}
+
+
+def test_explain_tells_of_uneven_parts(devices, spied):
+    mesh = jax.make_mesh((3,), ("d",), axis_types=(AxisType.Auto,), devices=devices[:3])
+    x = jax.ShapeDtypeStruct(SHAPE, np.float32, sharding=NamedSharding(mesh, P("d")))
+    told = jbn.explain(x, platform="cuda")
+    assert told.implementation == "xla"
+    assert told.reason == "axis 0 of x, 16 long, is not divided evenly, as the default has it for kernels"
