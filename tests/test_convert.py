@@ -3,6 +3,7 @@
 import sys
 
 import jax
+import ml_dtypes
 import numpy as np
 import oracle
 import pytest
@@ -50,6 +51,16 @@ class Tensor:
         return self.array
 
 
+class Module:
+    """What a torch module and a Keras layer are to us."""
+
+    def state_dict(self):
+        return torch_dict()
+
+    def get_weights(self):
+        return weights()
+
+
 @pytest.mark.parametrize("prefix", ["", "layer1.0.bn1", "layer1.0.bn1."])
 @pytest.mark.parametrize("dtype", [None, "torch.float32", "torch.bfloat16"])
 def test_from_torch(prefix, dtype):
@@ -73,6 +84,49 @@ def test_training_goes_on_as_in_torch():
     assert_close(new.mean, 0.9 * mean + 0.1 * x.mean(0, dtype=float), n=6)
     assert_close(new.var, 0.9 * var + 0.1 * x.var(0, dtype=float, ddof=1), n=6)
     assert_close(y, oracle.bn_train(x, scale, bias, mean, var).y, n=6)
+
+
+def test_cumulative_average_as_in_torch():
+    """momentum=None there: each batch counts as much as any before it, from whatever count the checkpoint has."""
+    tensors = torch_dict()
+    params, state, _, epsilon, unbiased = convert.from_torch(tensors)
+    batches = np.random.default_rng(1).normal(2, 3, (4, 6, C)).astype(np.float32)
+
+    @jax.jit
+    def step(state, n, x):
+        return jbn.bn_train(params, state, x, momentum=n / (n + 1), epsilon=epsilon, unbiased=unbiased)[1], n + 1
+
+    for first in (int(tensors["num_batches_tracked"]), 0):
+        new, n = state, first
+        mean, var = (np.float64(v) for v in weights()[2:])
+        for tracked, x in enumerate(batches, first + 1):
+            new, n = step(new, n, x)
+            mean += (x.mean(0, dtype=float) - mean) / tracked
+            var += (x.var(0, dtype=float, ddof=1) - var) / tracked
+        np.testing.assert_allclose(new.mean, mean, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(new.var, var, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_half_precision_becomes_float32(dtype):
+    """Running statistics would stick in it, at whichever door they come in."""
+    tensors = {k: v if v.ndim == 0 else v.astype(dtype) for k, v in torch_dict("bn.").items()}
+    arrays = [v.astype(dtype) for v in weights()]
+    model = convert.model_from_torch(tensors, {"bn": ("Norm",)})
+    for tree in (convert.from_torch(tensors, "bn")[:2], convert.from_keras(arrays)[:2], model):
+        for got in jax.tree.leaves(tree):
+            assert got.dtype == np.float32
+    np.testing.assert_array_equal(model["batch_stats"]["Norm"]["var"], arrays[3].astype(np.float32))
+
+
+def test_what_the_other_library_lacks_is_refused():
+    ours, keras = convert.from_torch(torch_dict()), convert.from_keras(weights())
+    with pytest.raises(ValueError, match=r"unbiased=True, and Keras's .* give layer\._replace\(unbiased=False\)"):
+        convert.to_keras(ours)
+    with pytest.raises(ValueError, match=r"unbiased=False, and PyTorch's .* give layer\._replace\(unbiased=True\)"):
+        convert.to_torch(keras)
+    assert len(convert.to_keras(ours._replace(unbiased=False))[0]) == 4
+    assert len(convert.to_torch(keras._replace(unbiased=True))[0]) == 5
 
 
 @pytest.mark.parametrize("prefix", ["", "net.bn"])
@@ -106,7 +160,7 @@ def test_torch_without_parameters():
 def test_keras(scale, center):
     arrays = [v for v, kept in zip(weights(), (scale, center, True, True), strict=True) if kept]
     config = {"name": "bn", "momentum": 0.8, "epsilon": 2e-3, "scale": scale, "center": center}
-    layer = convert.from_keras(arrays, config)
+    layer = convert.from_keras(arrays, config | {"axis": -1, "synchronized": False, "renorm": False})
     values = [v for v in (*layer.params, *layer.state) if v is not None]
     for got, want in zip(values, arrays, strict=True):
         np.testing.assert_array_equal(got, want)
@@ -127,24 +181,25 @@ def test_neither_is_imported():
 
 
 def resnet50_state_dict():
-    """Names and shapes of torchvision's; the values are small integers that tell positions apart."""
-    shapes = {"conv1.weight": (64, 3, 7, 7)}
-    norms = {"bn1": 64}
+    """Names, order and shapes of torchvision's; the values are small integers that tell positions apart."""
+    shapes = {}
+
+    def add(conv, norm, outputs, inputs, window):
+        shapes[f"{conv}.weight"] = (outputs, inputs, window, window)
+        shapes.update({f"{norm}.{v}": (outputs,) for v in ("weight", "bias", "running_mean", "running_var")})
+        shapes[f"{norm}.num_batches_tracked"] = ()
+
+    add("conv1", "bn1", 64, 3, 7)
     inputs = 64
     for stage, (width, count) in enumerate(zip((64, 128, 256, 512), (3, 4, 6, 3), strict=True), 1):
         for block in range(count):
             name = f"layer{stage}.{block}"
-            shapes[f"{name}.conv1.weight"] = (width, inputs, 1, 1)
-            shapes[f"{name}.conv2.weight"] = (width, width, 3, 3)
-            shapes[f"{name}.conv3.weight"] = (4 * width, width, 1, 1)
-            norms |= {f"{name}.bn1": width, f"{name}.bn2": width, f"{name}.bn3": 4 * width}
+            sizes = (width, inputs, 1), (width, width, 3), (4 * width, width, 1)
+            for i, size in enumerate(sizes, 1):
+                add(f"{name}.conv{i}", f"{name}.bn{i}", *size)
             if block == 0:
-                shapes[f"{name}.downsample.0.weight"] = (4 * width, inputs, 1, 1)
-                norms[f"{name}.downsample.1"] = 4 * width
+                add(f"{name}.downsample.0", f"{name}.downsample.1", 4 * width, inputs, 1)
             inputs = 4 * width
-    for name, channels in norms.items():
-        shapes |= {f"{name}.{v}": (channels,) for v in ("weight", "bias", "running_mean", "running_var")}
-        shapes[f"{name}.num_batches_tracked"] = ()
     shapes |= {"fc.weight": (1000, 2048), "fc.bias": (1000,)}
     return {
         name: (np.arange(np.prod(shape, dtype=int)) % 251 + i).astype(np.float32).reshape(shape)
@@ -220,30 +275,67 @@ def test_a_converted_convolution_computes_the_same():
     assert_close(np.moveaxis(y, -1, 1), want, np.float32, n=12)
 
 
+DENSE = {"a.weight": np.ones((2, 2)), "a.bias": np.ones(2)}
+
+
 @pytest.mark.parametrize(
     "call, kind, message",
     [
         (lambda: convert.from_torch(torch_dict("a.bn."), "b"), KeyError, r"no 'b\.running_mean'.*a\.bn\.running_mean"),
+        (lambda: convert.from_torch(Module()), TypeError, r"state_dict is a Module, .*: give module\.state_dict\(\)"),
+        (lambda: convert.model_from_torch(Module(), {}), TypeError, r"is a Module, .*: give module\.state_dict\(\)"),
+        (
+            lambda: convert.from_torch({"bn.weight": 0, "bn.bias": 0}, "bn"),
+            KeyError,
+            r"no 'bn\.running_mean': a layer with track_running_stats=False .* call bn_train always",
+        ),
+        (
+            lambda: convert.from_keras(Module()),
+            TypeError,
+            r"weights is a Module: give layer\.get_weights\(\), layer\.get_c",
+        ),
+        (
+            lambda: convert.from_keras(weights(), {"axis": 1}),
+            ValueError,
+            "axis=1, .*: give that axis to bn_train and bn",
+        ),
+        (lambda: convert.from_keras(weights(), {"axis": [0]}), ValueError, r"axis=\[0\], .*: give that axis"),
+        (lambda: convert.from_keras(weights(), {"axis": 0}), ValueError, "axis=0, .*: give that axis"),
+        (
+            lambda: convert.from_keras([*weights(), 0, 0], {"renorm": True}),
+            ValueError,
+            "renorm=True, .*: train with brn_train or renorm=True of the Flax modules, leave the weights of renorm out",
+        ),
+        (
+            lambda: convert.from_keras(weights(), {"virtual_batch_size": 8}),
+            ValueError,
+            "virtual_batch_size=8, .* bn_train",
+        ),
+        (lambda: convert.from_keras(weights(), {"synchronized": True}), ValueError, "synchronized=True, .* axis_name"),
         (lambda: convert.from_torch({}), KeyError, r"no 'running_mean': check prefix='' \(names like it: none\)"),
-        (lambda: convert.from_torch(torch_dict(), momentum=None), ValueError, "momentum is None, PyTorch's cumulative"),
+        (
+            lambda: convert.from_torch(torch_dict(), momentum=None),
+            ValueError,
+            r"momentum is None, .* momentum=n / \(n \+ 1\)",
+        ),
         (lambda: convert.from_torch(torch_dict(), momentum=2), ValueError, r"momentum is 2, expected .* in \[0, 1\]"),
         (lambda: convert.from_torch(torch_dict(), eps=-1), ValueError, "eps is -1"),
         (lambda: convert.from_keras(weights(), {"scale": False}), ValueError, "4 arrays, expected 3 for scale=False"),
         (lambda: convert.from_keras(weights(), {"momentum": -1}), ValueError, r"config\['momentum'\] is -1"),
         (lambda: convert.model_from_torch({}, {"a": ("A",)}), KeyError, r"no 'a\.weight', expected by names"),
         (
-            lambda: convert.model_from_torch({"a.weight": np.ones((2, 2)), "b.weight": 0}, {"a": ("A",)}),
+            lambda: convert.model_from_torch(DENSE | {"b.weight": 0}, {"a": ("A",)}),
             ValueError,
             "1 entries that no name leads to: b.weight",
         ),
         (
             lambda: convert.model_from_torch({"a.weight": np.ones(2)}, {"a": ("A",)}),
             ValueError,
-            r"a\.weight has shape \(2,\)",
+            r"a\.weight has shape \(2,\) and no running statistics: .* hints={'a': 'norm'}; a batch norm with",
         ),
         (
             lambda: convert.model_from_torch(
-                dict.fromkeys(("a.weight", "a.weight_scale", "a.proj.weight"), np.ones((2, 2))), {"a": ("A",)}
+                DENSE | dict.fromkeys(("a.weight_scale", "a.proj.weight"), np.ones((2, 2))), {"a": ("A",)}
             ),
             ValueError,
             r"2 entries that no name leads to: a\.proj\.weight, a\.weight_scale",
@@ -262,7 +354,7 @@ def test_a_converted_convolution_computes_the_same():
         (
             lambda: convert.model_to_torch({}, {"a": ("A", 0)}, "nnx"),
             KeyError,
-            "no kernel and no mean at A/0, expected",
+            "no kernel, embedding, scale or mean at A/0, expected",
         ),
         (
             lambda: convert.model_to_torch(
