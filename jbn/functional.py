@@ -91,7 +91,8 @@ def bn_train(
       x: float16, bfloat16, float32 or float64, any rank ≥ 1, C channels along `axis`. Statistics and arithmetic are
         float32 (float64 for float64).
       axis: position of the channels.
-      momentum: weight of the old state, in [0, 1] (PyTorch's is that of the new).
+      momentum: weight of the old state, in [0, 1] (PyTorch's is that of the new). 0 leaves the old state out, 1 the
+        statistics, even where that is NaN or inf.
       epsilon: added to the variance, ≥ 0, in squared units of x.
       mask: bool, of x's rank and broadcastable to it: which positions enter the statistics. All are normalised. A
         channel without any is normalised with the running state, which then stays. A masked position that is not
@@ -214,7 +215,10 @@ def _moved(state: BNState, seen: Moments, momentum, unbiased: bool) -> BNState:
         kind = compute_dtype(old.dtype if old.dtype == jnp.float64 else new.dtype)
         weight = momentum if isinstance(momentum, float | int) else jnp.asarray(momentum).astype(kind)
         keep, take = (jnp.where(seen.count > 0, w, otherwise) for w, otherwise in ((weight, 1), (1 - weight, 0)))
-        mixed = keep.astype(kind) * old.astype(kind) + take.astype(kind) * new.astype(kind)
+        mixed = weighted(keep.astype(kind), old.astype(kind)) + weighted(take.astype(kind), new.astype(kind))
         return lax.stop_gradient(mixed.astype(old.dtype))
+
+    def weighted(weight, value):
+        return jnp.where(weight > 0, weight * value, 0)  # what has no weight may be NaN or inf
 
     return BNState(move(state.mean, seen.mean), move(state.var, seen.variance(unbiased)))

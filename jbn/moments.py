@@ -1,7 +1,6 @@
 """Count, mean and squared deviations of each channel: what batch norm needs from data."""
 
 from collections.abc import Sequence
-from functools import reduce
 
 import jax.numpy as jnp
 
@@ -10,6 +9,7 @@ from jbn._check import check_axis, check_input, check_mask, check_names, splitta
 from jbn._collectives import Sync
 from jbn._merge import Moments, merge_two
 from jbn._plan import Plan, compute_dtype, known_count, row_count
+from jbn._stream import merge_stream
 
 
 def moments(x, *, axis: int = -1, mask=None, axis_name: str | Sequence[str] | None = None) -> Moments:
@@ -45,13 +45,13 @@ def merge(*parts: Moments) -> Moments:
     """Moments of the union of disjoint parts; of none, an error, since their channels are unknown.
 
     With δ = mean_b − mean_a and n = n_a + n_b: mean = mean_a + δ·n_b/n, m2 = m2_a + m2_b + δ²·n_a·n_b/n
-    (Chan, Golub, LeVeque 1979, eq. 2.1). Exact to rounding in any order and grouping.
+    (Chan, Golub, LeVeque 1979, eq. 2.1). Exact to rounding in any order and grouping; of many parts neighbours merge
+    first, so that rounding grows with the logarithm of their number. Added one by one to a total, as a `scan`'s carry
+    is, parts of 1/2²⁴ of its count and less are lost in float32: merge such parts among themselves before.
 
     Raises:
       TypeError, ValueError: without arguments, or for one that is not `Moments` of the same channels.
     """
-    if not parts:
-        raise ValueError("merge got no moments: give at least one, the channels of nothing are unknown")
     for part in parts:
         if not isinstance(part, Moments):
             raise TypeError(f"merge got a {type(part).__name__}, expected jbn.Moments: call merge(*parts) for a list")
@@ -60,7 +60,10 @@ def merge(*parts: Moments) -> Moments:
                 f"merge got means of shapes {jnp.shape(parts[0].mean)} and {jnp.shape(part.mean)}, expected the same "
                 "channels in each: take all moments along the same axis"
             )
-    return reduce(merge_two, parts)
+    total = merge_stream(parts, merge_two)
+    if total is None:
+        raise ValueError("merge got no moments: give at least one, the channels of nothing are unknown")
+    return total
 
 
 def local_moments(plan: Plan, x, mask) -> Moments:

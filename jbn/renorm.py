@@ -78,8 +78,10 @@ def brn_train(
         _, batch = bn_train(unused, running, lax.stop_gradient(x), mask=mask, momentum=0.0, **common, **sync)
         wide, high, most = (jnp.asarray(v).astype(kind) for v in (epsilon, r_max, d_max))
         std, running_std = jnp.sqrt(batch.var + wide), jnp.sqrt(running.var + wide)
-        r = lax.stop_gradient(jnp.clip(std / running_std, 1 / high, high))
-        d = lax.stop_gradient(jnp.clip((batch.mean - running.mean) / running_std, -most, most))
+        # without room for a correction there is none, even where the state is NaN
+        r = lax.stop_gradient(jnp.where(high > 1, jnp.clip(std / running_std, 1 / high, high), 1))
+        d = (batch.mean - running.mean) / running_std
+        d = lax.stop_gradient(jnp.where(most > 0, jnp.clip(d, -most, most), 0))
         scale, bias = (None if v is None else jnp.asarray(v).astype(kind) for v in params)
         d = d if scale is None else scale * d
         return BNParams(r if scale is None else scale * r, d if bias is None else bias + d)

@@ -42,7 +42,8 @@ class Affine(NamedTuple):
 class _Summary(NamedTuple):
     """What every kind needs of a part of the data; parts merge."""
 
-    moments: Moments
+    exponent: jax.Array  # (C,) integers
+    moments: Moments  # of x / 2^exponent, whose squares neither overflow nor vanish
     low: jax.Array  # (C,), +∞ where nothing was seen
     high: jax.Array  # (C,), −∞ where nothing was seen
 
@@ -58,6 +59,10 @@ def fit(kind: Kind, x: ArrayLike | Iterable, *, axis: int = -1, mask: ArrayLike 
 
     A constant feature has scale 1, so it becomes 0. A feature without any value (all masked) has scale 1 and offset
     0, so it stays as it is. A NaN that no mask hides makes its feature's offset NaN.
+
+    Units do not matter as long as x, std and max − min are normal numbers of the result's dtype (in float32 1.2e-38 to
+    3.4e38): a smaller spread counts as none, a larger one is infinite. The variance, which need not be one, is of x
+    over a power of two.
 
     Args:
       kind: one of the above.
@@ -159,32 +164,67 @@ def _summary(x, axis, mask) -> _Summary:
 
 @partial(jax.jit, static_argnums=2)
 def _summarize(x, mask, axis) -> _Summary:
-    seen = moments(x, axis=axis, mask=mask)
-    seen = seen._replace(count=jnp.broadcast_to(seen.count, seen.mean.shape))
     rows = tuple(a for a in range(x.ndim) if a != axis)
-    wide = x.astype(seen.mean.dtype)
-    return _Summary(
-        seen,
-        jnp.min(wide, rows, initial=jnp.inf, where=mask),
-        jnp.max(wide, rows, initial=-jnp.inf, where=mask),
-    )
+    wide = x.astype(compute_dtype(x.dtype))
+    low = jnp.min(wide, rows, initial=jnp.inf, where=mask)
+    high = jnp.max(wide, rows, initial=-jnp.inf, where=mask)
+    exponent, far = _exponent(jnp.where(low <= high, jnp.maximum(-low, high), 0))
+
+    plain = moments(x, axis=axis, mask=mask)
+
+    def scaled():
+        return moments(wide * lax.expand_dims(_power(-exponent, wide.dtype), rows), axis=axis, mask=mask)
+
+    seen = lax.cond(far, scaled, lambda: plain)  # scaled in any case, x would be written to memory
+    return _Summary(exponent, seen._replace(count=jnp.broadcast_to(seen.count, seen.mean.shape)), low, high)
 
 
 @jax.jit
 def _merged(a: _Summary, b: _Summary) -> _Summary:
-    return _Summary(merge(a.moments, b.moments), jnp.minimum(a.low, b.low), jnp.maximum(a.high, b.high))
+    exponent = jnp.maximum(a.exponent, b.exponent)
+
+    def of(part: _Summary) -> Moments:
+        count, mean, m2 = part.moments
+        least = jnp.finfo(mean.dtype).minexp
+        ratio = _power(jnp.maximum(part.exponent - exponent, least), mean.dtype)
+        return Moments(count, mean * ratio, m2 * ratio * ratio)
+
+    return _Summary(exponent, merge(of(a), of(b)), jnp.minimum(a.low, b.low), jnp.maximum(a.high, b.high))
 
 
 def _affine(kind: Kind, seen: _Summary) -> Affine:
     count, mean, _ = seen.moments
+    unit = _power(seen.exponent, mean.dtype)
     if kind == "standardize":
         var = seen.moments.variance()
-        scale = jnp.sqrt(jnp.where(var > 0, var, 1))
+        spread = jnp.where(var > 0, jnp.sqrt(jnp.where(var > 0, var, 1)) * unit, 0)
     else:
         varies = seen.high > seen.low
-        scale = jnp.where(varies, jnp.where(varies, seen.high, 1) - jnp.where(varies, seen.low, 0), 1)
-    offset = jnp.where(count > 0, seen.low, 0) if kind == "min_max" else mean
+        spread = jnp.where(varies, seen.high, 0) - jnp.where(varies, seen.low, 0)
+    # devices divide by a subnormal number as by 0; NaN is not less, and stays
+    scale = jnp.where(spread < jnp.finfo(mean.dtype).tiny, 1, spread)
+    offset = jnp.where(count > 0, seen.low, 0) if kind == "min_max" else mean * unit
     return Affine(scale, offset)
+
+
+def _exponent(largest):
+    """⌊log₂⌋ of each feature's largest |x|; 0 where x may stay as it is. And whether any is not 0.
+
+    A feature of zeros, or without any value, has the least: no reason to scale, and merged, the other part's is taken.
+    """
+    info = jnp.finfo(largest.dtype)
+    bits = lax.bitcast_convert_type(jnp.maximum(largest, info.tiny), f"int{info.bits}")
+    exponent = jnp.minimum((bits >> info.nmant) + info.minexp - 1, -info.minexp)  # so that 2^−exponent is normal too
+    # within, the square of the largest number's last bit over 2³⁰ rows does not vanish, nor do 2⁴⁰ squares overflow
+    near = (exponent >= -info.maxexp * 3 // 16) & (exponent < info.maxexp * 5 // 16)
+    exponent = jnp.where(near, 0, exponent)
+    return exponent, jnp.any((largest > 0) & ~near)
+
+
+def _power(exponent, dtype):
+    """2^exponent, exactly: a device's own power may be off by a rounding."""
+    info = jnp.finfo(dtype)
+    return lax.bitcast_convert_type((exponent - info.minexp + 1) << info.nmant, dtype)
 
 
 def _mapped(affine, x, axis, function) -> jax.Array:

@@ -69,7 +69,13 @@ def bn_train(
     n, batch_mean, m2 = moments(x, axis, mask)
     batch_var = m2 / np.maximum(n - 1 if unbiased else n, 1)
     weight = np.where(n > 0, momentum, 1)  # nothing valid: the state stays
-    return Result(y, weight * mean + (1 - weight) * batch_mean, weight * var + (1 - weight) * batch_var)
+    return Result(y, _mixed(weight, mean, batch_mean), _mixed(weight, var, batch_var))
+
+
+def _mixed(weight, old, new):
+    """weight · old + (1 − weight) · new, of which what has no weight is left out, whatever it is."""
+    with np.errstate(invalid="ignore"):
+        return np.where(weight == 0, new, np.where(weight == 1, old, weight * old + (1 - weight) * new))
 
 
 def bn_train_grads(

@@ -32,6 +32,29 @@ def test_nothing_valid_is_inference(momentum):
     assert_same_bits(state, inputs.state)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("momentum", [0.0, 1.0])
+def test_what_has_no_weight_is_left_out(momentum, traced, bad):
+    """The old state at momentum 0, the batch's statistics at 1."""
+    inputs = draw(Case((6, 3)))
+    arrays, (mean, var) = inputs.arrays, inputs.state
+    if momentum:
+        arrays = arrays | {"x": spoil(arrays["x"], -1, bad)}
+    else:
+        mean, var = (np.where(np.arange(3) == 1, np.float32(bad), v) for v in (mean, var))
+
+    def step(momentum):
+        return jbn.bn_train(jbn.BNParams(arrays["scale"], arrays["bias"]), jbn.BNState(mean, var), arrays["x"],
+                            momentum=momentum)  # fmt: skip
+
+    _, state = jax.jit(step)(momentum) if traced else step(momentum)
+    want = oracle.bn_train(arrays["x"], arrays["scale"], arrays["bias"], mean, var, momentum=momentum)
+    assert np.isfinite(want.mean).all() and np.isfinite(want.var).all()
+    assert_close(state.mean, want.mean, n=6)
+    assert_close(state.var, want.var, n=6)
+
+
 def test_one_row_is_its_own_mean():
     case = Case((1, 3), momentum=0.0)
     inputs = draw(case)

@@ -154,6 +154,15 @@ def test_merging_a_constant_stays_exact(constant):
         np.testing.assert_array_equal(merged.mean, np.float32(constant))
 
 
+def test_many_small_parts_and_a_large_one():
+    """Added one by one to 2²⁴, which in float32 is its own successor, they would all be lost."""
+    large = jbn.Moments(*(np.full(2, v, np.float32) for v in (2**24, 1, 2**24)))
+    small = [jbn.Moments(*(np.full(2, v, np.float32) for v in (1, 3, 0))) for _ in range(127)]
+    for parts in ([large, *small], [*small, large]):
+        for got, want in zip(jbn.merge(*parts), exact(parts), strict=True):
+            np.testing.assert_allclose(got, want, rtol=8 * 2.0**-24)  # seven levels, and a last rounding
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_scan_over_a_stream(masked):
     x = data(12, 5, 3, offset=50)

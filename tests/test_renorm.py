@@ -79,6 +79,18 @@ def test_without_correction_it_is_bn_train(name):
     jax.tree.map(equal, got, want)
 
 
+def test_without_correction_the_old_state_may_be_nan():
+    case = Case((12, 3), momentum=0.0)
+    inputs = draw(case)
+    spoilt = inputs._replace(state=jbn.BNState(*(np.full(3, np.nan, np.float32) for _ in range(2))))
+
+    def traced(arrays, state, mask, r_max, d_max):
+        return run(brn_train, case, r_max=r_max, d_max=d_max)(arrays, state, mask)
+
+    got = both_ways(traced, spoilt, jnp.float32(1), jnp.float32(0))
+    jax.tree.map(np.testing.assert_array_equal, got, both_ways(run(jbn.bn_train, case), inputs))
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("r_max, d_max", [(1.5, 0.4), (float("inf"), float("inf"))])
 def test_values_and_gradients(name, r_max, d_max):

@@ -137,6 +137,41 @@ def test_constant_and_empty_features(kind):
     assert np.all(np.isnan(unmasked[:, 3])) and np.all(np.isfinite(unmasked[:, :3]))
 
 
+@pytest.mark.parametrize(
+    "kind, dtype, powers",
+    [(kind, np.float32, (-66, 66, -100, 120)) for kind in KINDS]
+    + [("standardize", np.float64, (-664, 664, -990, 1015))],
+    ids=str,
+)
+def test_units_do_not_matter(kind, dtype, powers):
+    """Squares of these overflow or vanish; what a stream saw before in other units, or nothing but zeros, is merged."""
+    own, units = data(dtype=dtype), 2.0 ** np.array(powers)
+    own[:12] = 0
+    own[12:24] *= 2.0**-20
+    x = (own * units).astype(dtype)
+    mask = missing()
+    mask[:6] = False
+    with jax.enable_x64(dtype == np.float64):
+        for given in (None, mask):
+            want = [v * units for v in expected(kind, own, mask=given)]
+            batches = [x[i : i + 6] if given is None else (x[i : i + 6], given[i : i + 6]) for i in range(0, ROWS, 6)]
+            for affine in (scaling.fit(kind, x, mask=given), scaling.fit(kind, batches), fitted(kind)(x, mask=given)):
+                for got, value in zip(affine, want, strict=True):
+                    tolerance = 4 * np.finfo(dtype).eps * (1 + np.sqrt(ROWS)) * (np.abs(want[1]) + want[0])
+                    assert np.all(np.abs(got - value) <= tolerance), (got, value)
+        y = scaling.apply(affine, x)
+        assert_close(scaling.invert(affine, y), x, n=ROWS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_spread_that_is_no_normal_number_is_none(kind):
+    tiny = np.finfo(np.float32).tiny
+    x = np.stack([np.linspace(4, 4.5, 7), np.full(7, 5), np.zeros(7)], 1).astype(np.float32) * tiny
+    affine = scaling.fit(kind, x)
+    np.testing.assert_array_equal(affine.scale, 1)
+    assert np.all(np.abs(scaling.apply(affine, x)) <= tiny)
+
+
 def test_min_max_reaches_its_ends():
     y = scaling.apply(scaling.fit("min_max", data()), data())
     np.testing.assert_array_equal(y.min(0), 0)
