@@ -30,6 +30,9 @@ class FakeCuda:
             return lambda *_: self.refuses[name]
         return super().__getattribute__(name)
 
+    def cuCtxSynchronize(self):
+        return 0
+
     def cuInit(self, flags):
         return 0
 

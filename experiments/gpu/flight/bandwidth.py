@@ -28,7 +28,8 @@ def read(x_ptr, rows, units, splits, sum_ptr, UNIT: tl.constexpr, ROWS: tl.const
     split = tl.program_id(0) % splits
     channel = tl.program_id(0) // splits * CHANNELS + tl.arange(0, CHANNELS)
     total = tl.zeros([ROWS, CHANNELS], tl.float32)
-    for step in tl.range(tl.cdiv(tl.cdiv(rows, ROWS) - split, splits), loop_unroll_factor=4):
+    steps = tl.cdiv(tl.cdiv(rows, ROWS) - split, splits)
+    for step in tl.range(steps, loop_unroll_factor=4):  # pyright: ignore[reportGeneralTypeIssues]
         row = (split + step * splits).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         inside = (row < rows)[:, None] & (channel < C)[None, :]
         total += tl.load(x_ptr + row[:, None] * C + channel[None, :], mask=inside, other=0.0).to(tl.float32)

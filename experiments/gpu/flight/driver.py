@@ -114,7 +114,9 @@ class Driver:
         self.call("cuMemFree_v2", ctypes.c_uint64(address))
 
     def upload(self, address: int, host: int, size: int) -> None:
+        self.wait()  # for what reads it still
         self.call("cuMemcpyHtoD_v2", ctypes.c_uint64(address), ctypes.c_void_p(host), ctypes.c_size_t(size))
+        self.call("cuCtxSynchronize")  # the copy may return while it is under way, and our stream would not wait
 
     def download(self, host: int, address: int, size: int) -> None:
         self.wait()

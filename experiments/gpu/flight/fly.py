@@ -44,7 +44,7 @@ def second(parts: Parts, dry: bool = False) -> bool:
     with tempfile.TemporaryDirectory() as scratch:
         command = python("-m", "experiments.gpu.flight.side_by_side", str(parts.lines.file.name), *["--tiny"] * dry)
         seconds = 130
-        limits = ["--steps", "80", "--seconds", str(seconds - 5), "--dump", scratch]
+        limits = ["--steps", "88", "--seconds", str(seconds - 5), "--dump", scratch]
         well = parts.run(Part("flight2-jax", [*command, *limits], seconds, VARIABLES))
         keep_programs(Path(scratch), parts.folder / "flight2-xla.tar.gz")
     return parts.run(tests("flight2-core", 100, 12, *CORE)) and well

@@ -6,6 +6,7 @@ Requests, as `experiments.gpu.worker` has them: {"do": "begin", "tasks": […]},
 
 import concurrent.futures
 import functools
+import threading
 from typing import Any, NamedTuple
 
 from experiments.gpu import worker
@@ -13,6 +14,7 @@ from experiments.gpu.tasks import PASSES, Task
 from experiments.gpu.timing import links, sample, spread
 
 THREADS = 3
+LOWERING = threading.Lock()  # Triton compiles while a program is lowered: not known to bear company
 
 
 class Programs(NamedTuple):
@@ -60,7 +62,8 @@ def compiled(name: str, task: Task) -> Programs:
 
     def lower(what: str, function: Any, argument: Any) -> Any:
         function.__name__ = f"{what}_{task.fused.replace(' + ', '_')}_{'x'.join(map(str, task.shape))}"
-        return jax.jit(function).lower(argument)  # Triton compiles here
+        with LOWERING:
+            return jax.jit(function).lower(argument)
 
     first = lower("linearized", linearized, given)
     arguments = {

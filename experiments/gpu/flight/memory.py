@@ -35,7 +35,6 @@ class HostMemory:
         self.driver.free(address)
 
     def _upload(self, array: np.ndarray) -> None:
-        self.driver.wait()
         self.driver.upload(self.addresses[id(array)], array.ctypes.data, array.nbytes)
 
     def dtype(self, name: str) -> Any:

@@ -34,6 +34,7 @@ class Operands:
         self.size = self.rows * self.channels * (4 if dtype == "float32" else 2)  # bytes of x
         self.sets = max(1, min(32, math.ceil(beyond / self.size)))
         self.made: dict[tuple[Any, ...], Any] = {}
+        self.kept: tuple[Any, Any] = None, None
 
     def _once(self, *key: Any, make: Any) -> Any:
         if key not in self.made:
@@ -69,10 +70,10 @@ class Operands:
     def exact(self, name: str, fused: str) -> Any:
         """A result in float64; vectors are (C,). The last one of x's size is kept."""
         if name in LARGE:
-            if self.made.get("kept", (None,))[0] != (name, fused):
-                self.made.pop("kept", None)  # first, so that memory is free
-                self.made["kept"] = (name, fused), self._exact(name, fused)
-            return self.made["kept"][1]
+            if self.kept[0] != (name, fused):
+                self.kept = None, None  # first, so that memory is free
+                self.kept = (name, fused), self._exact(name, fused)
+            return self.kept[1]
         fused = fused if name in ("total", "product") else "alone"
         return self._once("exact", name, fused, make=lambda: self._exact(name, fused))
 

@@ -14,7 +14,6 @@ from jbn.kernels.tiling import Tiling, View
 
 PROCESSORS = 132  # multiprocessors of an H100 and an H200
 VECTORS = ("mean", "spread", "epsilon", "scale", "bias")
-COPIED = ("copy", "read")  # pieces that only show what memory can do
 
 
 class Tried(NamedTuple):

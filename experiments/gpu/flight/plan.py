@@ -7,7 +7,8 @@ from typing import Any
 
 from experiments import cases
 from experiments.gpu.flight import ahead
-from experiments.gpu.flight.pieces import COPIED, NAMED, PIECES, Case, arrays_of, launch_of, problem_of, reads_of
+from experiments.gpu.flight.pieces import NAMED, PIECES, Case, arrays_of, launch_of, problem_of, reads_of
+from experiments.gpu.flight.raw import COPIED
 
 BATCHES, DTYPES = (256, 32), ("bfloat16", "float32")
 KNEE = (4, 8, 16, 24, 32, 48, 64, 96, 128)  # MB of x, bfloat16: where L2 ends

@@ -2,10 +2,10 @@
 
 python -m experiments.gpu.flight.raw LINES [--seconds S] [--largest N] [--each N] [--repeat N] [--host] [--dry]
 
-Neither JAX nor Triton: `.gpu/runs.json` says what is launched, in order. Lines of three kinds: "device", "run" (`us`,
-the median of a captured graph's replays; `same_us`, on one set of operands, from L2 where they fit; `errors`, of each
-result, and `ok`; `resident`, programs that a multiprocessor holds) and "error"; with --repeat "repeat", and with
-PyTorch "baseline" (`baselines`).
+Neither JAX nor Triton: `.gpu/runs.json` says what is launched, in order. Kinds of lines: "device", "run" (`us`, the
+median of a captured graph's replays; `same_us`, on one set of operands, from L2 where they fit; `errors`, of each
+result, and `ok`; `resident`, programs that a multiprocessor holds) and "error"; "repeat" with --repeat, "check" with
+--host, which times nothing, and else "baseline" (`baselines`).
 """
 
 import argparse
@@ -23,6 +23,8 @@ from experiments.gpu.flight.memory import HostMemory, Memory, TorchMemory, param
 from experiments.gpu.flight.operands import LARGE, Operands, limit
 
 FOLDER = Path(".gpu")
+COPIED = ("copy", "read")  # kernels that only show what memory can do
+FAILURES = 20  # runs one behind the other that fail: then something is wrong that is no run's own
 BEYOND_L2 = 200e6  # bytes: a shape's sets of operands together pass this
 TOLD = ("kernel", "fused", "shape", "dtype", "tiling", "unroll", "chosen", "programs")
 
@@ -105,12 +107,14 @@ class Launcher:
     def prepare(self, run: dict[str, Any]) -> Prepared:
         return Prepared(self.driver, self.memory, self.of(run), self.program(run["binary"]), run)
 
+    def check(self, run: dict[str, Any]) -> None:
+        """A line that says whether a run's results are right."""
+        self.lines("check", **told(run), **judged(run, self.prepare(run).errors()))
+
     def measure(self, run: dict[str, Any]) -> None:
-        """A run's line."""
+        """A line that says it, and how long the run takes."""
         operands, prepared = self.of(run), self.prepare(run)
-        errors = prepared.errors()
-        found: dict[str, Any] = {"errors": errors, "resident": self.program(run["binary"]).resident}
-        found["ok"] = all(error <= limit(name, run["dtype"]) for name, error in errors.items())
+        found = judged(run, prepared.errors()) | {"resident": self.program(run["binary"]).resident}
         found["us"] = self.driver.time(prepared.step, max(4, min(32, operands.sets)))
         if run["chosen"]:
             found["same_us"] = self.driver.time(lambda _: prepared.step(0), 8)
@@ -135,19 +139,21 @@ class Launcher:
         """Does the runs, as many as begin in time; one that fails leaves a line. Returns how many were begun.
 
         Raises:
-          CudaError: the context is lost, and nothing more can be launched.
+          Exception: what a run raised, if the context is lost with it or FAILURES in a row failed.
         """
-        started = time.monotonic()
+        started, failures = time.monotonic(), 0
         for number, run in enumerate(runs):
             if time.monotonic() - started > seconds:
                 print(f"out of time after {number} of {len(runs)} launches", flush=True)
                 return number
             try:
                 do(run)
+                failures = 0
             except Exception as error:
+                failures += 1
                 self.lines("error", **told(run), error=f"{type(error).__name__}: {str(error)[:300]}")
                 print("ERROR", *(run[key] for key in TOLD[:5]), error, flush=True)
-                if isinstance(error, CudaError) and error.lost:
+                if failures == FAILURES or (isinstance(error, CudaError) and error.lost):
                     raise
         print(f"all {len(runs)} launches done", flush=True)
         return len(runs)
@@ -155,6 +161,10 @@ class Launcher:
 
 def told(run: dict[str, Any]) -> dict[str, Any]:
     return {key: run[key] for key in TOLD}
+
+
+def judged(run: dict[str, Any], errors: dict[str, float]) -> dict[str, Any]:
+    return {"errors": errors, "ok": all(error <= limit(name, run["dtype"]) for name, error in errors.items())}
 
 
 def few(runs: list[dict[str, Any]], largest: float, each: int) -> list[dict[str, Any]]:
@@ -174,13 +184,13 @@ def busy_streams(memory: Memory) -> Callable[[int], None]:
     if isinstance(memory, HostMemory):
         return lambda _: None
     torch = memory.torch
-    matrix, streams = torch.randn(2048, 2048, device=memory.device), [torch.cuda.Stream() for _ in range(3)]
+    matrix, streams = torch.randn(1024, 1024, device=memory.device), [torch.cuda.Stream() for _ in range(3)]
 
     def disturb(i: int) -> None:
         for stream in streams[: i % 4]:
             with torch.cuda.stream(stream):
                 for _ in range(4):
-                    matrix @ matrix
+                    torch.mm(matrix, matrix)
 
     return disturb
 
@@ -203,11 +213,11 @@ def main() -> None:
     runs = few(json.loads((FOLDER / "runs.json").read_text(encoding="utf-8")), options.largest, options.each)
     launcher = Launcher(driver, memory, FOLDER / "binaries", lines)
     if options.repeat:
-        disturb = busy_streams(memory)
+        disturb, runs = busy_streams(memory), [run for run in runs if run["kernel"] not in COPIED]
         launcher.each(runs, options.seconds, lambda run: launcher.repeat(run, options.repeat, disturb))
-    elif options.host:
+    elif isinstance(memory, HostMemory):
         launcher.beyond = 0
-        launcher.each(runs, options.seconds, launcher.measure)
+        launcher.each(runs, options.seconds, launcher.measure if options.dry else launcher.check)
     else:
         from experiments.gpu.flight.baselines import Baselines
 

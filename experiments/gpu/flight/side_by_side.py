@@ -28,13 +28,10 @@ from experiments.gpu.worker import Failed, Worker
 
 CANDIDATES = ("jbn triton", "jbn xla", "flax.linen", "torch", "torch cudnn")
 BASELINE = "flax.linen"
-STEPS = tuple(  # (candidate, batch, whether the named policy is used)
-    (name, batch, named)
-    for batch in (256, 128)
-    for name, named in (
-        ("jbn triton", False), ("flax.linen", False), ("jbn triton", True), ("jbn xla", False), ("jbn xla", True),
-    )
-)  # fmt: skip
+KINDS = (("jbn triton", False), ("flax.linen", False), ("jbn triton", True)), (("jbn xla", False), ("jbn xla", True))
+# (candidate, batch, whether the named policy is used), the most valuable first
+STEPS = tuple((name, batch, named) for kinds in KINDS for batch in (256, 128) for name, named in kinds)
+AT_ONCE = 6  # steps that compile side by side: each takes several cores
 SAMPLES, SECONDS = 3, 0.01
 PATIENCE = 40  # seconds that a candidate is given for a task
 
@@ -60,7 +57,8 @@ class Device:
         self.workers = {
             name: Worker(name, "experiments.gpu.flight.layers", self.dumping(name, "both")) for name in candidates
         }
-        self.steps: list[subprocess.Popen] = []
+        self.steps: list[subprocess.Popen[bytes]] = []
+        self.waiting: list[list[str]] = []
 
     def dumping(self, name: str, programs: str) -> dict[str, str]:
         """The environment in which XLA keeps its programs whose names have this in them."""
@@ -70,22 +68,32 @@ class Device:
         return {"XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=.*{programs}.*"}
 
     def begin(self, asked: list[Task], steps: tuple[tuple[str, int, bool], ...], lock: Path, tiny: bool) -> None:
-        """Everything starts to compile."""
+        """Everything starts to compile, steps as many as may AT_ONCE."""
         for name, batch, named in steps:
-            command = [sys.executable, "-m", "experiments.gpu.flight.steps", str(self.lines.file.name), str(lock), name]
-            command += [str(batch), *["--named"] * named, *["--tiny"] * tiny]
-            folder = f"step-{name}-{batch}" + "-named" * named
-            self.steps.append(subprocess.Popen(command, env={**os.environ, **self.dumping(folder, "train")}))
+            self.waiting.append([str(lock), name, str(batch), *["--named"] * named, *["--tiny"] * tiny])
+        self.more_steps()
         for worker in self.workers.values():
             worker.ask(do="begin", tasks=[list(task) for task in asked])
 
+    def more_steps(self) -> bool:
+        """Starts steps for which there is room; whether any are under way."""
+        running = sum(process.poll() is None for process in self.steps)
+        for arguments in self.waiting[: AT_ONCE - running]:
+            command = [sys.executable, "-m", "experiments.gpu.flight.steps", str(self.lines.file.name), *arguments]
+            environment = {**os.environ, **self.dumping("-".join(["step", *arguments[1:]]), "train")}
+            self.steps.append(subprocess.Popen(command, env=environment))
+        del self.waiting[: AT_ONCE - running]
+        return any(process.poll() is None for process in self.steps)
+
     def wait_for_steps(self, until: float) -> None:
+        """Until all are done, or their time is up."""
+        while self.more_steps() and time.monotonic() < until:
+            time.sleep(0.2)
         for process in self.steps:
-            try:
-                process.wait(max(0.1, until - time.monotonic()))
-            except subprocess.TimeoutExpired:
+            if process.poll() is None:
                 process.kill()
-                self.lines("error", error=f"no time was left for {' '.join(map(str, process.args[5:]))}")
+                process.wait()
+                self.lines("error", error=f"no time was left for {process.args}")
 
     def layer(self, task: Task, until: Callable[[], float]) -> None:
         """A line for each candidate and pass, each timed while the others wait."""

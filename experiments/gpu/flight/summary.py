@@ -118,6 +118,11 @@ def steps(found: list[Line]) -> Iterator[str]:
 
 
 def repeats(found: list[Line]) -> Iterator[str]:
+    checked = list(of(found, "check"))
+    if checked:
+        wrong = [line for line in checked if not line["ok"]]
+        yield f"checked without being timed: {len(checked)} launches, {len(wrong)} WRONG"
+        yield from (f"  {line['kernel']} {line['fused']} {name(line['shape'])} {line['errors']}" for line in wrong)
     lines = list(of(found, "repeat"))
     if lines:
         times, differing = sum(line["times"] for line in lines), [line for line in lines if line["differing"]]
