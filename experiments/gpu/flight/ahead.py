@@ -49,8 +49,14 @@ def compile_case(case: Case) -> tuple[bytes, dict[str, Any]]:
 
 
 def compile_named(named: tuple[str, Case], folder: Path) -> None:
+    """Writes a case's binary; an error says in a line what was at the bottom of it."""
     name, case = named
-    cubin, about = compile_case(case)
+    try:
+        cubin, about = compile_case(case)
+    except Exception as error:
+        while error.__cause__ is not None:
+            error = error.__cause__
+        raise RuntimeError(f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}") from None
     with replacing(folder / f"{name}.cubin") as temporary:
         temporary.write_bytes(cubin)
     write(folder / f"{name}.json", about)  # last: what has it is whole
@@ -70,7 +76,7 @@ def build(folder: Path, binaries: dict[str, Case], jobs: int, seconds: float) ->
         try:
             for done, future in enumerate(concurrent.futures.as_completed(futures, timeout=seconds), 1):
                 if error := future.exception():
-                    errors.append(f"{futures[future]}: {type(error).__name__}: {str(error)[:200]}")
+                    errors.append(f"{futures[future]}: {error}")
                 if done % 20 == 0 or done == len(todo):
                     print(f"compiled {done} of {len(todo)}, {time.monotonic() - started:.0f} s", flush=True)
         except concurrent.futures.TimeoutError:

@@ -9,17 +9,19 @@ import triton
 
 from experiments.gpu.flight import ahead, plan
 from experiments.gpu.flight.pieces import Case
+from experiments.gpu.flight.raw import FOLDER
+from experiments.gpu.flight.stamp import stamp
 from experiments.record import cores
 
-FOLDER = Path(".gpu")  # at the project's root, ignored by git: goes along to the machine with the GPU
 TRITON = "3.6."  # of that machine, and the one that jax-triton 0.3 compiles with
 JAX_TRITON = "jax-triton==0.3.1"
 
 
 def prepare(folder: Path = FOLDER, planned: list[Case] | None = None, seconds: float = 1e9, fetch: bool = True) -> bool:
     """Fills the folder; whether all is there then. What an earlier call left is kept where it is still right."""
-    planned = plan.everything() if planned is None else planned
+    whole, planned = planned is None, plan.everything() if planned is None else planned
     (folder / "binaries").mkdir(parents=True, exist_ok=True)
+    (folder / "stamp").unlink(missing_ok=True)
     binaries = plan.write(folder, planned)
     print(f"{len(planned)} launches of {len(binaries)} binaries", flush=True)
     lacking = []
@@ -35,7 +37,10 @@ def prepare(folder: Path = FOLDER, planned: list[Case] | None = None, seconds: f
     print(f"{folder}: {size / 2**20:.1f} MiB, {len(binaries) - len(left)} binaries, {forgotten} old ones deleted")
     for line in (*errors, *(f"MISSING: {each}" for each in lacking)):
         print(line)
-    return not lacking and not errors
+    complete = not lacking and not errors
+    if complete and whole:
+        (folder / "stamp").write_text(stamp(), encoding="utf-8")
+    return complete
 
 
 def fetched(site: Path) -> bool:

@@ -22,7 +22,7 @@ from experiments.gpu.flight.lines import Lines
 from experiments.gpu.flight.memory import HostMemory, Memory, TorchMemory, parameter, pointer
 from experiments.gpu.flight.operands import LARGE, Operands, limit
 
-FOLDER = Path(".gpu")
+FOLDER = Path(".gpu")  # at the project's root, ignored by git: goes along to the machine with the GPU
 COPIED = ("copy", "read")  # kernels that only show what memory can do
 FAILURES = 20  # runs one behind the other that fail: then something is wrong that is no run's own
 BEYOND_L2 = 200e6  # bytes: a shape's sets of operands together pass this
