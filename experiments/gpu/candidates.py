@@ -134,8 +134,13 @@ def fingerprint(x: Any, dy: Any, y: Any, dx: Any, *dresidual: Any) -> list[Any]:
     return [(y * y).mean(), (y * x).mean(), (dx * dx).mean(), (dx * dy).mean(), *((r * dy).mean() for r in rest)]
 
 
-def prepare_step(name: str, batch: int) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
-    """A training step of ResNet-50 in bfloat16 with SGD and momentum, and what waits for it."""
+def prepare_step(
+    name: str, batch: int, size: int = 224, named: bool = False
+) -> tuple[Callable[[], Any], Callable[[Any], Any], int | None]:
+    """A training step of ResNet-50 in bfloat16 with SGD and momentum; what waits for it; bytes that it is to take.
+
+    With `named` the backward pass has the batch norms' inputs and statistics alone, and recomputes what follows them.
+    """
     from experiments.models import ResNet50
 
     if name == "flax.linen":
@@ -143,11 +148,12 @@ def prepare_step(name: str, batch: int) -> tuple[Callable[[], Any], Callable[[An
     else:
         norm = functools.partial(jbn.linen.BatchNorm, implementation=IMPLEMENTATIONS[name])
         model = ResNet50(norm=norm, dtype=jnp.bfloat16, fused=True)
-    images = draw(Task("", (batch, 224, 224, 3)), 0)
+    images = draw(Task("", (batch, size, size, 3)), 0)
     labels = jnp.arange(batch) % 1000
     optimizer = optax.sgd(0.1, momentum=0.9)
     variables = jax.jit(functools.partial(model.init, train=True))(jax.random.key(0), images[:1])
     params, stats = variables["params"], variables["batch_stats"]
+    policy = jax.checkpoint_policies.save_only_these_names("bn_input", "bn_stats")
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train(carry, images, labels):
@@ -160,17 +166,28 @@ def prepare_step(name: str, batch: int) -> tuple[Callable[[], Any], Callable[[An
             logits = logits.astype(jnp.float32)
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), updates["batch_stats"]
 
+        loss = jax.checkpoint(loss, policy=policy) if named else loss
         (value, stats), gradient = jax.value_and_grad(loss, has_aux=True)(params)
         updates, opt = optimizer.update(gradient, opt, params)
         return (optax.apply_updates(params, updates), stats, opt), value
 
     kept = [(params, stats, optimizer.init(params))]
+    compiled = train.lower(kept[0], images, labels).compile()
 
     def step():
-        kept[0], value = train(kept[0], images, labels)
+        kept[0], value = compiled(kept[0], images, labels)
         return value
 
-    return step, jax.block_until_ready
+    return step, jax.block_until_ready, planned_memory(compiled)
+
+
+def planned_memory(compiled: Any) -> int | None:
+    """Bytes that a compiled program takes with what it is given and gives, as XLA planned them."""
+    found = compiled.memory_analysis()
+    if found is None:
+        return None
+    held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return held + found.temp_size_in_bytes
 
 
 def peak_memory() -> int | None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 from experiments.gpu.tasks import Task
@@ -26,8 +27,8 @@ class Failed(RuntimeError):
 class Worker:
     """The parent's end."""
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, name: str, module: str = "experiments.gpu.worker", environment: dict[str, str] | None = None):
+        self.name, self.module, self.environment = name, module, environment
         self.process: Any = None
         self.answers: queue.Queue[str | None] = queue.Queue()
 
@@ -36,7 +37,8 @@ class Worker:
         if self.process is None or self.process.poll() is not None:
             self.answers = queue.Queue()
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "experiments.gpu.worker", self.name],
+                [sys.executable, "-m", self.module, self.name],
+                env=None if self.environment is None else {**os.environ, **self.environment},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -80,13 +82,14 @@ class Worker:
             self.process.wait()
 
 
-def serve(name: str, requests: Any, answers: Any) -> None:
+def serve(name: str, requests: Any, answers: Any, does: dict[str, Callable[..., dict[str, Any]]] | None = None) -> None:
     """The worker's end: answers every request until there are no more."""
+    does = DOES if does is None else does
     state: dict[str, Any] = {}
     for line in requests:
         request = json.loads(line)
         try:
-            answer = DOES[request.pop("do")](name, state, **request)
+            answer = does[request.pop("do")](name, state, **request)
         except Exception as error:
             traceback.print_exc()
             first = str(error).strip().partition("\n")[0]
@@ -113,7 +116,7 @@ def measure(_: str, state: dict[str, Any], **asked: Any) -> dict[str, Any]:
 def step(name: str, _: dict[str, Any], batch: int, samples: int, seconds: float) -> dict[str, Any]:
     """Microseconds of a training step of ResNet-50, the loss after them, and the most memory held."""
     module = candidates(name)
-    train, wait = module.prepare_step(name, batch)
+    train, wait, _ = module.prepare_step(name, batch)
     found = sample(train, wait, samples, seconds)
     return {**found, "loss": float(train()), "peak_bytes": module.peak_memory()}
 
@@ -125,8 +128,14 @@ def candidates(name: str) -> Any:
 
 DOES = {"prepare": prepare, "time": measure, "step": step}
 
-if __name__ == "__main__":
+
+def main(does: dict[str, Callable[..., dict[str, Any]]]) -> None:
+    """Serves as the worker that the command line names."""
     # answers have the pipe to themselves: whatever libraries print goes to the terminal
     pipe = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    serve(sys.argv[1], sys.stdin, pipe)
+    serve(sys.argv[1], sys.stdin, pipe, does)
+
+
+if __name__ == "__main__":
+    main(DOES)
