@@ -56,13 +56,13 @@ def test_activations(layout, activation, residual):
     check(Drawn(LAYOUTS[layout], residual=residual, activation=activation), keep=residual)
 
 
-PARAMETERS = [(True, False), (False, True), (False, False)]  # scale, bias
+PARAMETERS = {"scale": (True, False), "bias": (False, True), "neither": (False, False)}
 
 
 @pytest.mark.parametrize("where, parameters, layout", crossed(PARAMETERS, LAYOUTS), indirect=["where"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes_and_parameters(layout, dtype, parameters):
-    scale, bias = parameters
+    scale, bias = PARAMETERS[parameters]
     check(Drawn(LAYOUTS[layout], dtype, residual=True, activation="relu", scale=scale, bias=bias))
 
 
