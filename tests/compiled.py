@@ -8,10 +8,10 @@ from triton.backends.nvidia.compiler import CUDABackend
 from jbn.kernels.binaries import compile_only
 
 
-def run(launch, arrays, outputs, target: str = "sm_90") -> machine.Report:
-    """`outputs` are written in place."""
+def run(launch, arrays, outputs, target: str = "sm_90", chosen=None) -> machine.Report:
+    """`outputs` are written in place, by the programs chosen, or all."""
     text, shared = assembled(launch, arrays, target)
-    return run_text(launch, arrays, outputs, text, shared)
+    return run_text(launch, arrays, outputs, text, shared, chosen=chosen)
 
 
 def assembled(launch, arrays, target: str = "sm_90") -> tuple[str, int]:
@@ -38,7 +38,7 @@ def described(launch, kinds: tuple[str, ...], target: str) -> tuple:
     return source, kinds, written, numbers, constants, launch.tiling.warps, target
 
 
-def run_text(launch, arrays, outputs, text: str, shared: int, seed: int = 0) -> machine.Report:
+def run_text(launch, arrays, outputs, text: str, shared: int, seed: int = 0, chosen=None) -> machine.Report:
     """The same with PTX at hand."""
     arguments = [*arrays, *(n for n in launch.numbers if n != 1), *outputs]
-    return machine.run(text, launch.programs, arguments, shared, seed)
+    return machine.run(text, launch.programs, arguments, shared, seed, chosen)

@@ -15,6 +15,7 @@ import numpy as np
 import ptx
 import steps
 from memory import WARP, Memory, Shared
+from sparse import Sparse
 
 UNDER_WAY = 5  # programs at once
 
@@ -28,13 +29,18 @@ class Report(NamedTuple):
     sectors_stored: tuple[int, ...]
 
 
-def run(text: str, programs: int, arguments: Sequence, shared: int, seed: int = 0) -> Report:
-    """Runs a module's function; NumPy arrays among the arguments are pointers, written in place."""
+def run(
+    text: str, programs: int, arguments: Sequence, shared: int, seed: int = 0, chosen: Sequence[int] | None = None
+) -> Report:
+    """Runs a module's function, of its programs those chosen, or all.
+
+    NumPy arrays among the arguments, and sparse ones, are pointers, written in place.
+    """
     code = translated(text)
     function = code.function
-    memory = Memory([a for a in arguments if isinstance(a, np.ndarray)])
+    memory = Memory([a for a in arguments if isinstance(a, np.ndarray | Sparse)])
     addresses = iter(memory.addresses)
-    values = [next(addresses) if isinstance(a, np.ndarray) else a for a in arguments]
+    values = [next(addresses) if isinstance(a, np.ndarray | Sparse) else a for a in arguments]
     unused = len(function.parameters) - len(values)  # pointers of Triton's own
     values += [0] * unused
     parameters = {
@@ -42,7 +48,7 @@ def run(text: str, programs: int, arguments: Sequence, shared: int, seed: int = 
         for (kind, name), value in zip(function.parameters, values, strict=True)
     }
     rng = np.random.default_rng(seed)
-    waiting, active = list(rng.permutation(programs)), []
+    waiting, active = list(rng.permutation(programs if chosen is None else chosen)), []
     with np.errstate(all="ignore"):
         while waiting or active:
             while waiting and len(active) < UNDER_WAY:

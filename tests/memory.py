@@ -7,24 +7,26 @@ one place by one instruction. Shared memory starts as poison.
 An access is of `width` bytes a thread, at multiples of that: `at` counts in them.
 """
 
-import mmap
 from collections.abc import Sequence
 
 import numpy as np
+from sparse import Sparse
 
 WARP = 32
 SPACE = 40  # bits of an address within its array
-NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE, which `mmap` has since Python 3.13
 NOBODY, SEVERAL = 0, -1  # programs and warps count from 1 where they are written down
 
 
 class Memory:
     """Global memory: arrays, each in an address space of its own."""
 
-    def __init__(self, arrays: Sequence[np.ndarray]):
-        self.arrays = [a.reshape(-1).view(np.uint8) for a in arrays]
+    def __init__(self, arrays: Sequence[np.ndarray | Sparse]):
+        self.arrays = [(a if isinstance(a, Sparse) else a.reshape(-1)).view(np.uint8) for a in arrays]
         self.addresses = [(i + 1) << SPACE for i in range(len(arrays))]
-        self.writers = [mapped(a.size, np.int32) for a in self.arrays]
+        self.writers = [
+            Sparse(a.size, np.int32, NOBODY) if isinstance(a, Sparse) else np.zeros(a.size, np.int32)
+            for a in self.arrays
+        ]
         self.counts = np.zeros((4, len(arrays)), int)
 
     def locate(self, addresses, width: int):
@@ -41,20 +43,20 @@ class Memory:
         self.counts[2 + stored, which] += 32 * (1 + np.count_nonzero(sectors[1:] != sectors[:-1]))
 
     def load(self, which: int, at, width: int):
-        return _cut(self.arrays[which], width)[at]
+        return _grouped(self.arrays[which], width)[at]
 
     def change(self, which: int, at, content) -> None:
         """An atomic's store, which any program may make."""
-        _cut(self.arrays[which], content.dtype.itemsize)[at] = content.view(f"V{content.dtype.itemsize}")
+        _grouped(self.arrays[which], content.dtype.itemsize)[at] = content.view(f"V{content.dtype.itemsize}")
 
     def store(self, program: int, which: int, at, content) -> None:
         """Content has a number of as many bytes as an access for each thread."""
-        kept = _cut(self.arrays[which], content.dtype.itemsize)
-        writers = self.writers[which][: kept.nbytes].reshape(-1, kept.itemsize)
-        before = writers.take(at, 0)
+        width = content.dtype.itemsize
+        kept, writers = _grouped(self.arrays[which], width), _grouped(self.writers[which], width)
+        before = writers[at].view(np.int32)
         if not ((before == NOBODY) | (before == program + 1)).all():
             raise RuntimeError(f"programs write the same bytes of array {which}, {program} among them")
-        writers[at] = program + 1
+        writers[at] = np.full(width, program + 1, np.int32).view(writers.dtype)
         kept[at] = content
         _check_same(kept[at], content)
 
@@ -84,12 +86,12 @@ class Shared:
         within = readers.take(at, 0)  # of two warps in this one access the later
         if (within != warps).any():
             readers[at] = np.where(within == warps, warps, SEVERAL)
-        return _cut(self.bytes, width)[at]
+        return _grouped(self.bytes, width)[at]
 
     def store(self, at, warps, content) -> None:
         warps, width = warps[:, None], content.dtype.itemsize
         readers, writers = (self._rows(a, width) for a in (self.readers, self.writers))
-        kept = _cut(self.bytes, width)
+        kept = _grouped(self.bytes, width)
         _check_alone(readers.take(at, 0), warps)
         before = writers.take(at, 0)
         if not ((before == NOBODY) | (before == warps)).all():  # several may write what is the same
@@ -103,15 +105,10 @@ class Shared:
         return array[: array.size // width * width].reshape(-1, width)
 
 
-def mapped(size: int, dtype):
-    """Zeros, of which there are in fact only those whose page has been written to, however large the array."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE
-    return np.frombuffer(mmap.mmap(-1, max(size, 1) * np.dtype(dtype).itemsize, flags=flags), dtype)[:size]
-
-
-def _cut(array, width: int):
-    """Bytes as numbers without a meaning, of as many bytes each; what is left at the end is at no place."""
-    return array[: array.size // width * width].view(f"V{width}")
+def _grouped(array, count: int):
+    """So many elements at a time, as one without a meaning; what is left at the end is in no group."""
+    whole = array if isinstance(array, Sparse) else array[: array.size // count * count]
+    return whole.view(f"V{count * array.dtype.itemsize}")
 
 
 def _bytes(numbers):

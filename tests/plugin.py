@@ -3,7 +3,6 @@
 Triton compiles the kernels all the same; only the call that XLA would run is a text with the kernel's name.
 """
 
-import importlib.util
 from typing import NamedTuple
 
 import jaxlib.gpu_triton as real
@@ -48,6 +47,6 @@ def replace(patch, **others) -> None:
 
 
 def install() -> None:
-    """Puts the stand-in where jaxlib's plugin is missing."""
-    if not any(importlib.util.find_spec(name) for name in ("jax_cuda12_plugin", "jax_cuda13_plugin")):
+    """Puts the stand-in where jaxlib's plugin is missing, or is of another release, which jaxlib does not take."""
+    if not hasattr(real, "TritonKernel"):
         vars(real).update(NAMES)

@@ -170,11 +170,15 @@ def _addresses(at: Address):
 
 def _access(function: Function, instruction: Instruction):
     name, operands, threads = instruction.name, instruction.operands, function.threads
-    if not set(name) <= ACCESSES:
+    parameter = name[:2] == ("ld", "param")
+    if not set(name) <= (ACCESSES | {"s32"} if parameter else ACCESSES):
         raise NotImplementedError(f"no rule is written for {'.'.join(name)}")
-    if name[:2] == ("ld", "param"):
+    if parameter:
         target, source = operands
         write = _write(target, threads)
+        if name[-1] == "s32":  # the register may be wider
+            wide = np.dtype(f"i{ptx.kind_of(target).itemsize}")
+            return lambda program: write(program, program.parameters[source.base].view(np.int32).astype(wide))
         return lambda program: write(program, program.parameters[source.base])
     chosen = _chosen(instruction)
     if name[0] == "atom":

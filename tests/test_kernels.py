@@ -44,25 +44,25 @@ LAYOUTS = {"last": View(1, 150, 11, 1), "first": View(1, 6, 11, 25)}
 ACTIVATIONS = [None, "relu", "relu6", "leaky_relu", "silu", "hard_swish"]
 
 
-def places(*options):
-    """(where, layout, option): all, but compiled, which takes a second, each option with one of the layouts."""
-    every = [(where, *pair) for where in RUN if where != "compiled" for pair in product(LAYOUTS, options)]
-    return every + [("compiled", *pair) for pair in zip(cycle(LAYOUTS), options, strict=False) if "compiled" in RUN]
+def crossed(these, those):
+    """(where, one of these, one of those): all pairs, but compiled, which takes a second, those in turn."""
+    every = [(where, *pair) for where in RUN if where != "compiled" for pair in product(these, those)]
+    return every + [("compiled", *pair) for pair in zip(these, cycle(those), strict=False) if "compiled" in RUN]
 
 
-@pytest.mark.parametrize("where, layout, residual", places(False, True), indirect=["where"])
+@pytest.mark.parametrize("where, residual, layout", crossed([False, True], LAYOUTS), indirect=["where"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(layout, activation, residual):
     check(Drawn(LAYOUTS[layout], residual=residual, activation=activation), keep=residual)
 
 
-PARAMETERS = [(True, False), (False, True), (False, False)]  # scale, bias
+PARAMETERS = {"scale": (True, False), "bias": (False, True), "neither": (False, False)}
 
 
-@pytest.mark.parametrize("where, layout, parameters", places(*PARAMETERS), indirect=["where"])
+@pytest.mark.parametrize("where, parameters, layout", crossed(PARAMETERS, LAYOUTS), indirect=["where"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes_and_parameters(layout, dtype, parameters):
-    scale, bias = parameters
+    scale, bias = PARAMETERS[parameters]
     check(Drawn(LAYOUTS[layout], dtype, residual=True, activation="relu", scale=scale, bias=bias))
 
 
@@ -78,8 +78,7 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("name", MASKS)
-@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("where, name, splits", crossed(MASKS, [1, 3]), indirect=["where"])
 def test_masks(name, splits):
     """With a channel, or a batch, that the mask hides altogether, and NaN and Inf at some that it hides."""
     view, mask = MASKS[name]
