@@ -9,7 +9,7 @@ import matplotlib.figure
 import numpy as np
 import pytest
 
-from experiments import catalog, plots, study
+from experiments import catalog, study
 from experiments.__main__ import main
 from experiments.claim import Claim, Rule, interval, judge, number, shown
 from experiments.record import Options, Results, plain
@@ -34,11 +34,10 @@ def test_quick_run(name, tmp_path):
     assert len(results.summary["design"]) > 200
     assert {finding["verdict"] for finding in results.summary["findings"].values()} == {"not judged"}
     results.complete = True
-    paths = results.save(tmp_path, experiment.figure)
+    figure = experiment.figure(results)
+    paths = results.save(tmp_path, lambda results: figure)
     assert json.loads(paths[0].read_text(encoding="utf-8"))["rows"] == results.rows
     assert study.table(results).row_count == len(experiment.CLAIMS)
-    figure = experiment.figure(results)
-    plots.pyplot().close(figure)
     assert isinstance(figure, matplotlib.figure.Figure)
     assert figure.get_figwidth() <= 7.5  # inches: what a page is wide
 
