@@ -166,7 +166,7 @@ def start(processes: int, options: Options) -> dict[str, Any]:
             while any(status is None for status in (process.poll() for process in running)):
                 for index, process in enumerate(running):
                     if process.returncode:
-                        words = logs[index].read_text(errors="replace").strip().splitlines()
+                        words = logs[index].read_text(errors="replace", encoding="utf-8").strip().splitlines()
                         raise SystemExit(
                             f"error: process {index} of {processes} ended with status {process.returncode}, the others "
                             f"were stopped; its last words: {' | '.join(words[-3:])}"

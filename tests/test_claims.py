@@ -9,7 +9,7 @@ import matplotlib.figure
 import numpy as np
 import pytest
 
-from experiments import catalog, plots, study
+from experiments import catalog, study
 from experiments.__main__ import main
 from experiments.claim import Claim, Rule, interval, judge, number, shown
 from experiments.record import Options, Results, plain
@@ -34,11 +34,10 @@ def test_quick_run(name, tmp_path):
     assert len(results.summary["design"]) > 200
     assert {finding["verdict"] for finding in results.summary["findings"].values()} == {"not judged"}
     results.complete = True
-    paths = results.save(tmp_path, experiment.figure)
-    assert json.loads(paths[0].read_text())["rows"] == results.rows
-    assert study.table(results).row_count == len(experiment.CLAIMS)
     figure = experiment.figure(results)
-    plots.pyplot().close(figure)
+    paths = results.save(tmp_path, lambda results: figure)
+    assert json.loads(paths[0].read_text(encoding="utf-8"))["rows"] == results.rows
+    assert study.table(results).row_count == len(experiment.CLAIMS)
     assert isinstance(figure, matplotlib.figure.Figure)
     assert figure.get_figwidth() <= 7.5  # inches: what a page is wide
 
@@ -179,7 +178,7 @@ def test_plain():
 def experiment(tmp_path, measured, text="x = 1"):
     """A made-up experiment of three parts, which records what it measures."""
     path = tmp_path / "made_up.py"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
 
     def measure(configuration, part):
         measured.append(part["size"])
@@ -267,7 +266,7 @@ def test_a_damaged_part_is_measured_again(tmp_path):
     module = experiment(tmp_path, measured)
     run(module, tmp_path)
     for path in (tmp_path / ".cache/made_up").iterdir():
-        path.write_text(path.read_text()[:-9])
+        path.write_text(path.read_text(encoding="utf-8")[:-9], encoding="utf-8")
     run(module, tmp_path)
     assert measured == [1, 2, 3] * 2
 

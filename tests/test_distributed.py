@@ -35,7 +35,7 @@ def two_devices(monkeypatch):
 
 def test_two_processes_follow_the_curve_of_one(two_devices, tmp_path):
     assert main([*COMMAND, f"--out={tmp_path}"]) == 0
-    one, two = json.loads((tmp_path / "distributed.json").read_text())["rows"]
+    one, two = json.loads((tmp_path / "distributed.json").read_text(encoding="utf-8"))["rows"]
     assert (one["processes"], one["devices"]) == (1, jax.device_count())
     assert (two["processes"], two["devices"]) == (2, 4)
     assert one["loss"][-1] < 0.6 * one["loss"][0]
@@ -63,7 +63,7 @@ def child_of(parent):
     """A process that joined, started by `parent`."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            if int(stat.read_text().rpartition(")")[2].split()[1]) == parent:
+            if int(stat.read_text(encoding="utf-8").rpartition(")")[2].split()[1]) == parent:
                 if b"--join" in stat.with_name("cmdline").read_bytes():
                     return int(stat.parent.name)
         except (OSError, IndexError):

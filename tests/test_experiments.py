@@ -41,11 +41,11 @@ def test_list_shows_each_experiment_and_its_claim(capsys):
 
 
 def test_an_experiment_is_a_file_with_a_run_function_or_claims(tmp_path):
-    (tmp_path / "one.py").write_text('"""A job.\n\nMore."""\n\ndef run(options, results): ...\n')
-    (tmp_path / "two.py").write_text('"""Helpers."""\n\ndef walk(options): ...\n')
+    (tmp_path / "one.py").write_text('"""A job.\n\nMore."""\n\ndef run(options, results): ...\n', encoding="utf-8")
+    (tmp_path / "two.py").write_text('"""Helpers."""\n\ndef walk(options): ...\n', encoding="utf-8")
     (tmp_path / "claims").mkdir()
-    (tmp_path / "claims/three.py").write_text('"""A question?"""\n\nCLAIMS: dict = {}\n')
-    (tmp_path / "claims/four.py").write_text('"""No claims."""\n')
+    (tmp_path / "claims/three.py").write_text('"""A question?"""\n\nCLAIMS: dict = {}\n', encoding="utf-8")
+    (tmp_path / "claims/four.py").write_text('"""No claims."""\n', encoding="utf-8")
     found = discover(tmp_path)
     assert {name: (entry.module, entry.says, entry.is_claim) for name, entry in found.items()} == {
         "one": ("experiments.one", "A job.", False),
@@ -109,7 +109,7 @@ def test_main_job_repeats_exactly(tmp_path, capsys):
     assert done.returncode == 0, done.stderr
     assert main(["digits", "--quick", "--seed", "3", "--out", str(tmp_path / "b")]) == 0
     assert f"wrote {tmp_path / 'b' / 'digits.json'}" in capsys.readouterr().out.replace("\n", " ")
-    first, second = (json.loads((tmp_path / run / "digits.json").read_text()) for run in "ab")
+    first, second = (json.loads((tmp_path / run / "digits.json").read_text(encoding="utf-8")) for run in "ab")
     for record in (first, second):
         assert record.pop("seconds") > 0
     assert first == second
@@ -140,7 +140,7 @@ def test_interrupted_run_keeps_what_was_finished(monkeypatch, tmp_path, capsys):
     shown = capsys.readouterr()
     assert "interrupted" in shown.err
     assert "wrote what was finished (rows: 1) to" in shown.out
-    record = json.loads((tmp_path / "digits.json").read_text())
+    record = json.loads((tmp_path / "digits.json").read_text(encoding="utf-8"))
     assert record["complete"] is False
     [row] = record["rows"]
     assert (row["steps"], row["reached"], row["steps_mean"]) == ([4, None], 1, 4.0)
@@ -156,14 +156,14 @@ def test_interrupted_before_anything_was_finished(monkeypatch, tmp_path, capsys)
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "result.json"
-    path.write_text("old")
+    path.write_text("old", encoding="utf-8")
     with pytest.raises(RuntimeError), replacing(path) as temporary:
-        temporary.write_text("half")
+        temporary.write_text("half", encoding="utf-8")
         raise RuntimeError
-    assert path.read_text() == "old"
+    assert path.read_text(encoding="utf-8") == "old"
     with replacing(path) as temporary:
-        temporary.write_text("new")
-    assert path.read_text() == "new"
+        temporary.write_text("new", encoding="utf-8")
+    assert path.read_text(encoding="utf-8") == "new"
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -290,7 +290,7 @@ def test_speed_on_small_cases(monkeypatch, tmp_path):
     assert speed.table(results).row_count == len(SMALL) + 1
     paths = results.save(tmp_path, speed.figure)
     assert all(path.stat().st_size for path in paths)
-    assert len((tmp_path / "speed.csv").read_text().splitlines()) == len(results.rows) + 1
+    assert len((tmp_path / "speed.csv").read_text(encoding="utf-8").splitlines()) == len(results.rows) + 1
 
 
 def test_speed_refuses_candidates_that_compute_something_else():

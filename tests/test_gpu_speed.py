@@ -72,7 +72,7 @@ def test_rows(finished):
 
 def test_results_are_kept_and_gone_on_from(finished):
     out, results = finished
-    record = json.loads((out / "speed.json").read_text())
+    record = json.loads((out / "speed.json").read_text(encoding="utf-8"))
     assert len(record["rows"]) == len(results.rows) and record["configuration"]["kind"] == "gpu"
     again = go(out)
     # nothing but what failed is tried again
@@ -82,12 +82,12 @@ def test_results_are_kept_and_gone_on_from(finished):
 
 def test_results_of_another_device_are_set_aside(finished, tmp_path):
     out, _ = finished
-    record = json.loads((out / "speed.json").read_text())
+    record = json.loads((out / "speed.json").read_text(encoding="utf-8"))
     record["environment"]["device"] = "another"
-    (tmp_path / "speed.json").write_text(json.dumps(record))
+    (tmp_path / "speed.json").write_text(json.dumps(record), encoding="utf-8")
     go(tmp_path, given=[])
     [kept] = tmp_path.glob("speed-*.json")
-    assert json.loads(kept.read_text()) == record
+    assert json.loads(kept.read_text(encoding="utf-8")) == record
 
 
 def test_budget(tmp_path, capsys):

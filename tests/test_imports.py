@@ -39,7 +39,7 @@ def modules():
 
 def imported(name, path, known):
     """Full names that a module imports, at its top or inside functions."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -140,3 +140,12 @@ def test_surface():
     assert jbn.BNParams._fields == ("scale", "bias")
     assert jbn.BNState._fields == ("mean", "var")
     assert jbn.Moments._fields == ("count", "mean", "m2")
+
+
+def test_text_in_files_has_an_encoding():
+    """The one named in the call: else it is the locale's."""
+    for path in (*FILES.values(), *ROOT.glob("tests/*.py"), *ROOT.glob("experiments/*/*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                if node.func.attr in ("read_text", "write_text"):
+                    assert "encoding" in {keyword.arg for keyword in node.keywords}, f"{path}:{node.lineno}"

@@ -86,13 +86,14 @@ class Linen(nn.Module):
 
 
 def noisy(tree, seed=3):
-    """The same leaves, none of them at its initial value."""
+    """Values for leaves of these shapes, none of them an initial one."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda a: jnp.asarray(rng.uniform(0.5, 2, a.shape), a.dtype), tree)
 
 
 def variables_of(model, *args, **call):
-    return noisy({k: v for k, v in model.init(jax.random.key(0), *args, **call).items() if k != "intermediates"})
+    shapes = jax.eval_shape(lambda key: model.init(key, *args, **call), jax.random.key(0))
+    return noisy({k: v for k, v in shapes.items() if k != "intermediates"})
 
 
 def second_input(variables, x, mask=None):

@@ -44,13 +44,13 @@ def folder(tmp_path_factory):
             "findings": {"only": judge(CLAIM, samples, quick=False)},
         }
         results.save(out, figure)
-    (out / "speed.json").write_text(json.dumps({"complete": True, "summary": {}, "rows": []}))
+    (out / "speed.json").write_text(json.dumps({"complete": True, "summary": {}, "rows": []}), encoding="utf-8")
     assert main(["report", "--out", str(out)]) == 0
     return out
 
 
 def test_markdown(folder):
-    assert (folder / "report.md").read_text().splitlines() == [
+    assert (folder / "report.md").read_text(encoding="utf-8").splitlines() == [
         "| experiment | claim | source | verdict | effect | 95 % interval | took |",
         "|---|---|---|---|---|---|---|",
         '| `first` | a < b & "so \\| on" holds. | A paper 2015, §3 | supported | 2.40× b over a '
@@ -61,7 +61,7 @@ def test_markdown(folder):
 
 
 def interval(folder, name):
-    finding = json.loads((folder / f"{name}.json").read_text())["summary"]["findings"]["only"]
+    finding = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["summary"]["findings"]["only"]
     return f"{finding['low']:.2f} to {finding['high']:.2f}"
 
 
@@ -133,7 +133,7 @@ def test_in_a_browser(folder, tmp_path, width):
     };
     </script>"""
     # a page may look into a frame beside it only where files count as one origin
-    (folder / f"probe{width}.html").write_text(probe.replace("WIDTH", str(width)))
+    (folder / f"probe{width}.html").write_text(probe.replace("WIDTH", str(width)), encoding="utf-8")
     done = subprocess.run(
         [CHROMIUM, *QUIET, "--allow-file-access-from-files", f"--user-data-dir={tmp_path}", "--dump-dom",
          (folder / f"probe{width}.html").as_uri()],
@@ -159,6 +159,6 @@ def test_a_damaged_file_is_named(folder, tmp_path):
     with pytest.raises(report.NothingToReport, match=r"second.svg is missing beside its JSON file: run `second` again"):
         report.write(tmp_path / "copy")
     path = tmp_path / "copy/first.json"
-    path.write_text(path.read_text()[:50])
+    path.write_text(path.read_text(encoding="utf-8")[:50], encoding="utf-8")
     with pytest.raises(report.NothingToReport, match=r"first.json is damaged \(.*\): run that experiment again"):
         report.write(tmp_path / "copy")

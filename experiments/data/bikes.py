@@ -69,4 +69,4 @@ def since_start(date: str) -> int:
 
 def hour(text: str) -> int:
     """0 to 23, of 12am to 11pm."""
-    return datetime.datetime.strptime(text, "%I%p").hour
+    return int(text[:-2]) % 12 + 12 * text.lower().endswith("pm")  # strptime's %p is the locale's
