@@ -39,8 +39,8 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose(name: str, plan: Plan, platform: str, x, *operands) -> Choice:
-    """What piece `name` of the op runs as, on `platform`, for operands of these shapes and dtypes.
+def choose(name: str, plan: Plan, platform: str, x, *operands, wins: tuple[Win, ...] | None = None) -> Choice:
+    """What piece `name` of the op runs as, on `platform`, for operands of these shapes and dtypes, by a table.
 
     Raises:
       NotImplementedError: kernels are asked for by name and cannot run.
@@ -56,7 +56,7 @@ def choose(name: str, plan: Plan, platform: str, x, *operands) -> Choice:
         return Choice("triton", "asked for")
     if platform not in GPUS:
         return Choice("xla", f"kernels are for GPUs, and this is compiled for {platform}")
-    win = measured(plan, platform, x)
+    win = measured(plan, platform, x, WINS if wins is None else wins)
     if win is None:
         kind = gpu(platform).kind
         return Choice("xla", f"no measurement shows the kernels ahead for {describe(plan, x)} on {kind}")
@@ -66,9 +66,9 @@ def choose(name: str, plan: Plan, platform: str, x, *operands) -> Choice:
     return Choice("triton", f"measured to win from {win.size} bytes on {win.device} ({win.source})")
 
 
-def basis(platform: str) -> tuple:
-    """What `choose` goes by besides its arguments."""
-    return WINS, gpu(platform), packages(platform)
+def basis(platform: str, wins: tuple[Win, ...]) -> tuple:
+    """What `choose` goes by besides piece, plan and operands."""
+    return wins, gpu(platform), packages(platform)
 
 
 def kernels(name: str, platform: str):
@@ -85,10 +85,10 @@ def may_use_kernels(plan: Plan, x) -> bool:
     return plan.implementation == "triton"
 
 
-def measured(plan: Plan, platform: str, x) -> Win | None:
-    """The row of the table that says the kernels win."""
+def measured(plan: Plan, platform: str, x, wins: tuple[Win, ...]) -> Win | None:
+    """The row of a table that says the kernels win."""
     kind = gpu(platform).kind
-    return next((win for win in WINS if kind.startswith(win.device) and _covers(win, plan, x)), None)
+    return next((win for win in wins if kind.startswith(win.device) and _covers(win, plan, x)), None)
 
 
 def obstacle(name: str, plan: Plan, platform: str, x, *operands) -> str | None:

@@ -96,6 +96,16 @@ def _row_names(plan: Plan, spec) -> tuple[str, ...]:
     return tuple(name for a in rows(plan, len(spec)) for name in _names(spec[a]))
 
 
+def beside(vector, x, channel: int):
+    """A vector over the channels of x; over an explicit mesh resharded where what splits it splits x in another way."""
+    split, spec = jax.typeof(vector).sharding, full(jax.typeof(x).sharding.spec, x.ndim)
+    used = {name for entry in spec for name in _names(entry)}
+    given, wanted = split.spec[0], spec[channel]
+    if given in (None, wanted) or (wanted is None and used.isdisjoint(_names(given))):
+        return vector
+    return jax.reshard(vector, NamedSharding(split.mesh, P(wanted)))
+
+
 def full(spec, ndim: int) -> tuple:
     return (*spec, *(None,) * (ndim - len(spec)))
 

@@ -88,9 +88,11 @@ def primitive(
         return out
 
     def gpu_lowering(platform, ctx, *values, tree, plan):
+        wins = _dispatch.WINS  # the table of this moment, also where the compiler asks later
+
         def chosen(plan, *operands):
             # by what these are: inside a split, a device's part
-            triton = _dispatch.choose(name, plan, platform, *operands).implementation == "triton"
+            triton = _dispatch.choose(name, plan, platform, *operands, wins=wins).implementation == "triton"
             return (_dispatch.kernels(name, platform) if triton else reference)(plan, *operands)
 
         operands = jax.tree.unflatten(tree, ctx.avals_in)
@@ -99,7 +101,7 @@ def primitive(
         by_default = plan.implementation is None
         if not _dispatch.may_use_kernels(plan, operands[0]) or (by_default and not _divides(ctx, plan)):
             return lowering(ctx, *values, tree=tree, plan=plan)
-        uneven, basis = reference if by_default else chosen, _dispatch.basis(platform)
+        uneven, basis = reference if by_default else chosen, _dispatch.basis(platform, wins)
         return lowering(ctx, *values, tree=tree, plan=plan, function=chosen, uneven=uneven, basis=basis)
 
     def other_lowering(ctx, *values, tree, plan, function=reference):

@@ -12,6 +12,7 @@ from jbn import _check
 from jbn._collectives import Sync
 from jbn._merge import Moments, pool_along
 from jbn._op import Learned, Running, normalize_eval, normalize_train
+from jbn._partition import beside
 from jbn._pieces import synchronise
 from jbn._plan import Plan, compute_dtype
 from jbn._virtual import Virtual, check_virtual, each
@@ -126,7 +127,7 @@ def bn_train(
     sync = _check.check_names(axis_name, axis_index_groups)
     virtual = check_virtual(virtual_batch_size, x, plan.channel, sync)
     state = jax.tree.map(lax.stop_gradient, state)
-    running = _running(state, x)
+    running = _running(plan, state, x)
 
     if virtual is None:
         y, seen = normalize_train(plan._replace(sync=sync), x, learned, mask, running)
@@ -154,7 +155,7 @@ def bn_eval(
     Source: Ioffe, Szegedy (2015), Batch Normalization, algorithm 2 (https://arxiv.org/abs/1502.03167).
     """
     plan, x, learned = _prepare(params, state, x, axis, epsilon, residual, activation, dtype, implementation)
-    return normalize_eval(plan, x, learned, _running(state, x))
+    return normalize_eval(plan, x, learned, _running(plan, state, x))
 
 
 def _prepare(
@@ -182,12 +183,12 @@ def _prepare(
         implementation=implementation,
     )
     kind = compute_dtype(x.dtype)
-    scale, bias = (None if v is None else jnp.asarray(v).astype(kind) for v in params)
+    scale, bias = (None if v is None else beside(jnp.asarray(v).astype(kind), x, channel) for v in params)
     return plan, x, Learned(scale, bias, residual, jnp.asarray(epsilon).astype(kind)[None])
 
 
-def _running(state: BNState, x) -> Running:
-    return Running(*(jnp.asarray(v).astype(compute_dtype(x.dtype)) for v in state))
+def _running(plan: Plan, state: BNState, x) -> Running:
+    return Running(*(beside(jnp.asarray(v).astype(compute_dtype(x.dtype)), x, plan.channel) for v in state))
 
 
 def _normalize_virtual(plan: Plan, virtual: Virtual, sync: Sync, x, learned: Learned, mask, running: Running):
@@ -212,9 +213,10 @@ def _moved(state: BNState, seen: Moments, momentum, unbiased: bool) -> BNState:
 
     def move(old, new):
         old = jnp.asarray(old)
+        count, new = (beside(v, old, 0) for v in (seen.count, new))
         kind = compute_dtype(old.dtype if old.dtype == jnp.float64 else new.dtype)
         weight = momentum if isinstance(momentum, float | int) else jnp.asarray(momentum).astype(kind)
-        keep, take = (jnp.where(seen.count > 0, w, otherwise) for w, otherwise in ((weight, 1), (1 - weight, 0)))
+        keep, take = (jnp.where(count > 0, w, otherwise) for w, otherwise in ((weight, 1), (1 - weight, 0)))
         mixed = weighted(keep.astype(kind), old.astype(kind)) + weighted(take.astype(kind), new.astype(kind))
         return lax.stop_gradient(mixed.astype(old.dtype))
 

@@ -8,6 +8,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jbn import _check
+from jbn._partition import beside
 from jbn._plan import compute_dtype
 from jbn._virtual import check_virtual, each
 from jbn.functional import Activation, BNParams, BNState, Implementation, bn_train
@@ -65,7 +66,8 @@ def brn_train(
     names = _check.check_names(axis_name, axis_index_groups)
     virtual = check_virtual(virtual_batch_size, x, channel, names)
     kind = compute_dtype(x.dtype)
-    running = jax.tree.map(lambda v: lax.stop_gradient(jnp.asarray(v).astype(kind)), state)
+    running = jax.tree.map(lambda v: lax.stop_gradient(beside(jnp.asarray(v).astype(kind), x, channel)), state)
+    params = BNParams(*(None if v is None else beside(jnp.asarray(v), x, channel) for v in params))
     sync = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
     common = {"axis": axis, "epsilon": epsilon, "implementation": implementation}
     shaping = common | {"activation": activation, "dtype": dtype}
@@ -82,7 +84,7 @@ def brn_train(
         r = lax.stop_gradient(jnp.where(high > 1, jnp.clip(std / running_std, 1 / high, high), 1))
         d = (batch.mean - running.mean) / running_std
         d = lax.stop_gradient(jnp.where(most > 0, jnp.clip(d, -most, most), 0))
-        scale, bias = (None if v is None else jnp.asarray(v).astype(kind) for v in params)
+        scale, bias = (None if v is None else v.astype(kind) for v in params)
         d = d if scale is None else scale * d
         return BNParams(r if scale is None else scale * r, d if bias is None else bias + d)
 

@@ -243,3 +243,13 @@ def test_explain_tells_of_uneven_parts(devices, spied):
     told = jbn.explain(x, platform="cuda")
     assert told.implementation == "xla"
     assert told.reason == "axis 0 of x, 16 long, is not divided evenly, as the default has it for kernels"
+
+
+def test_the_table_is_that_of_the_lowering(devices, on_cpu, spied, monkeypatch):
+    """What the compiler asks later goes by what its name says, not by rows that came since."""
+    f, mesh, given = spread("automatic", devices, implementation=None)
+    with jax.set_mesh(mesh):
+        lowered = f.lower(*given)
+        monkeypatch.setattr(_dispatch, "WINS", ())
+        lowered.compile()
+    assert (SHAPE[0] // 8, *SHAPE[1:]) in spied["moments"]

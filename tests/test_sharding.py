@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import oracle
 import pytest
-from cases import Case, draw, positional, train
+from cases import Case, draw, evaluate, positional, train
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from oracle import assert_close
@@ -212,3 +212,42 @@ def test_explicit_mesh(devices, sharding):
         arrays, state, mask = inputs()
         arrays = arrays | {k: place(arrays[k]) for k in ("x", "residual")}
         check(gradients(train(CASE))(arrays, state, mask, place(cotangent())))
+
+
+@pytest.mark.parametrize("sharding, vector", [("batch", "a"), ("batch and channels", "a"), ("batch, over both", "b")])
+def test_explicit_vectors_over_axes_of_the_batch(devices, sharding, vector):
+    """Parameters and state that are stored in parts are gathered where they are used, and come back in parts."""
+    mesh = jax.make_mesh((4, 2), AXES, axis_types=(jax.sharding.AxisType.Explicit,) * 2, devices=devices)
+    with jax.set_mesh(mesh):
+        put = lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec))  # noqa: E731
+        arrays, state, mask = inputs()
+        x_like = SHARDINGS[sharding]
+        arrays = {k: put(a, x_like if k in ("x", "residual") else P(vector)) for k, a in arrays.items()}
+        state = jax.tree.map(lambda a: put(a, P(vector)), state)
+        found = gradients(train(CASE))(arrays, state, mask, put(cotangent(), x_like))
+        check(found)
+        grads, (_, new) = found
+        y = jax.jit(evaluate(CASE))(arrays, state)
+    for value in (grads["scale"], grads["bias"], *new):
+        assert value.sharding.spec == P(vector)
+    arrays, state, _ = inputs()
+    assert_close(y, oracle.bn_eval(*positional(inputs()), residual=arrays["residual"], **CASE.eval_options), factor=5)
+
+
+def test_explicit_vectors_of_a_renormalisation(devices):
+    """As without a mesh, also where each virtual batch has its own correction."""
+    mesh = jax.make_mesh((4, 2), AXES, axis_types=(jax.sharding.AxisType.Explicit,) * 2, devices=devices)
+    arrays, state, _ = inputs()
+
+    def f(params, state, x):
+        loss = lambda p: (jbn.brn_train(p, state, x, r_max=1.5, d_max=0.5, virtual_batch_size=4)[0] ** 2).sum()  # noqa: E731
+        return jax.grad(loss)(params)
+
+    params = jbn.BNParams(arrays["scale"], arrays["bias"])
+    want = jax.jit(f)(params, state, arrays["x"])
+    with jax.set_mesh(mesh):
+        put = lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec))  # noqa: E731
+        parts = jax.tree.map(lambda a: put(a, P("a")), (params, state))
+        got = jax.jit(f)(*parts, put(arrays["x"], P("a")))
+    for a, b in zip(got, want, strict=True):
+        assert_close(a, b, n=CASE.rows, factor=10)
