@@ -4,6 +4,7 @@ import argparse
 import difflib
 import os
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -56,6 +57,12 @@ def parse(arguments: list[str], entries: Entries) -> tuple[str, Options]:
     given.out = given.out or Path("results/quick" if given.quick else "results")
     if given.out.exists() and not given.out.is_dir():
         parser.error(f"--out must be a folder, {given.out} is a file")
+    if given.name != "list":
+        try:
+            given.out.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=given.out).close()
+        except OSError as error:
+            parser.error(f"--out must be a folder that can be written, {given.out} is not: {error.strerror}")
     return given.name, Options(given.seed, given.out, given.quick, given)
 
 
@@ -71,6 +78,7 @@ def execute(name: str, entry: catalog.Entry, options: Options) -> int:
     """Runs an experiment and saves what it found, all of it or what was finished; returns the exit status."""
     experiment = catalog.load(entry)
     restart_with(getattr(experiment, "ENVIRONMENT", {}))
+    import jax
     from rich.console import Console
 
     from experiments.study import optimizing
@@ -83,7 +91,7 @@ def execute(name: str, entry: catalog.Entry, options: Options) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
     finally:  # after any other error too, what was finished is kept
-        if results.rows:
+        if results.rows and jax.process_index() == 0:  # of several that run as one, the first alone tells
             Console().print(experiment.table(results))
             paths = results.save(options.out, experiment.figure)
             part = "" if results.complete else f"what was finished (rows: {len(results.rows)}) to "

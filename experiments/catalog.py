@@ -24,7 +24,7 @@ class Entry(NamedTuple):
 
 
 def discover(folder: Path = FOLDER) -> dict[str, Entry]:
-    """Name → entry of every file that defines `run`, and of every file in `claims` that defines `CLAIMS`.
+    """Name → entry of every file that defines `run(options, results)`, and in `claims` of those that define `CLAIMS`.
 
     Files are parsed, not imported, so that listing is quick and needs no optional package.
     """
@@ -32,10 +32,16 @@ def discover(folder: Path = FOLDER) -> dict[str, Entry]:
     for path in [*sorted(folder.glob("*.py")), *sorted(folder.glob("claims/*.py"))]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         defines = frozenset(name for node in tree.body for name in names(node))
-        if ("CLAIMS" if path.parent != folder else "run") in defines:
+        if "CLAIMS" in defines if path.parent != folder else any(map(is_job, tree.body)):
             module = ".".join(("experiments", *path.relative_to(folder).with_suffix("").parts))
             found[path.stem] = Entry(module, (ast.get_docstring(tree) or "").partition("\n")[0], defines)
     return found
+
+
+def is_job(node: ast.stmt) -> bool:
+    """Whether a statement defines what runs an experiment that is a job."""
+    is_run = isinstance(node, ast.FunctionDef) and node.name == "run"
+    return is_run and [argument.arg for argument in node.args.args] == ["options", "results"]
 
 
 def names(node: ast.stmt) -> list[str]:

@@ -39,10 +39,7 @@ def require(*packages: str) -> None:
     """Raises MissingPackage, with the remedy, unless every package named can be imported."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise MissingPackage(
-            f"this needs {' and '.join(missing)}, not installed here: pip install 'jbn[experiments]' "
-            "(in a checkout: pip install -e '.[experiments]')"
-        )
+        raise MissingPackage(f"this needs {' and '.join(missing)}, not installed here: pip install -e '.[experiments]'")
 
 
 @dataclass

@@ -99,6 +99,12 @@ def check_vectors(name: str, value, kind: type, channels: int, x, axis):
 
 
 def check_activation(activation) -> str | None:
+    if callable(activation):
+        name = getattr(activation, "__name__", type(activation).__name__)
+        remedy = f"give its name, {name!r}" if name in ACTIVATIONS else "apply any other to the output of batch norm"
+        raise TypeError(
+            f"activation is the function {name}, expected None or one of {', '.join(ACTIVATIONS)}: {remedy}"
+        )
     if activation is not None and activation not in tuple(ACTIVATIONS):
         raise ValueError(
             f"activation is {activation!r}, expected None or one of {', '.join(ACTIVATIONS)}: "
@@ -142,8 +148,10 @@ def check_between(name: str, value, low: float, high: float):
     if getattr(value, "shape", ()) != ():
         raise ValueError(f"{name} has shape {value.shape}, expected a scalar: take one of its entries")
     if isinstance(value, core.Tracer):
+        if jnp.issubdtype(value.dtype, jnp.integer):
+            return value.astype(float)
         if not jnp.issubdtype(value.dtype, jnp.floating):
-            raise TypeError(f"{name} has dtype {value.dtype}, expected a float scalar: cast it")
+            raise TypeError(f"{name} has dtype {value.dtype}, expected a real scalar: cast it")
         return value
     try:
         number = float(value)

@@ -69,18 +69,17 @@ def model_from_torch(
 
     params, stats = _trees(kind)
     for prefix, role, *_ in parts:
-        at, path, sizes = inside(prefix), names[prefix], hints.get(prefix)
-        reorder = channels_last if isinstance(sizes, tuple) else lambda value, _: value
+        at, path, hint = inside(prefix), names[prefix], hints.get(prefix)
         if role == "batch norm":
             layer = from_torch(state_dict, prefix)
-            _put(stats, path, {name: reorder(v, sizes) for name, v in layer.state._asdict().items()})
-            _put(params, path, {n: reorder(v, sizes) for n, v in layer.params._asdict().items() if v is not None})
+            _put(stats, path, {name: channels_last(v, hint) for name, v in layer.state._asdict().items()})
+            _put(params, path, {n: channels_last(v, hint) for n, v in layer.params._asdict().items() if v is not None})
             continue
         values = [array(state_dict[at + name]) for name in TENSORS if at + name in state_dict]
         if role == "norm":
-            values = [reorder(value, sizes) for value in values]
+            values = [channels_last(value, hint) for value in values]
         elif role == "dense":
-            values[0] = reorder(values[0].T, sizes)
+            values[0] = channels_last(values[0].T, hint)
         elif role == "convolution":
             values[0] = jnp.transpose(values[0], (*range(2, values[0].ndim), 1, 0))
         elif role == "transposed":
@@ -123,14 +122,13 @@ def model_to_torch(
         if role is None:
             shown = "/".join(map(str, path))
             raise KeyError(f"variables has no kernel, embedding, scale or mean at {shown}, expected by names")
-        own = {name: found[name] for name in LEAVES[role] if name in found}
+        own: dict[str, Any] = {name: found[name] for name in LEAVES[role] if name in found}
         for name in own:
             del left[(*path, name)]
         first = next(iter(own.values()))
         inputs = first.shape[0 if role == "dense" else -1]
         parts.append(checked_hint(Part(prefix, role, inputs, first.shape[-1]), hint))
-        if isinstance(hint, tuple):
-            own = {n: v if (role, n) == ("dense", "bias") else channels_first(v, hint) for n, v in own.items()}
+        own |= {name: channels_first(value, hint) for name, value in own.items() if (role, name) != ("dense", "bias")}
         if role == "batch norm":
             params, state = BNParams(own.get("scale"), own.get("bias")), BNState(own["mean"], own["var"])
             tensors |= to_torch(Layer(params, state, 0.9, 1e-5, unbiased=True), prefix)[0]

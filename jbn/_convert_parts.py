@@ -40,13 +40,13 @@ class Part(NamedTuple):
 def part_of(state_dict: Mapping[str, Any], prefix: str, hint: Any) -> Part:
     """What a PyTorch layer is, by what it has; refused where that leaves it open."""
     at = inside(prefix)
-    shape = {name: tuple(state_dict[at + name].shape) for name in (*TENSORS, *STATS) if at + name in state_dict}
+    shape = {name: np.shape(state_dict[at + name]) for name in (*TENSORS, *STATS) if at + name in state_dict}
     seen = f"{at}weight has shape {shape.get('weight')}"
     if stats := next((shape[name] for name in STATS[:2] if name in shape), None):
         return checked_hint(Part(prefix, "batch norm", stats[0], stats[0]), hint)
     if "weight" not in shape:
         raise KeyError(f"state_dict has no {at + 'weight'!r}, expected by names")
-    first, *others = shape["weight"]
+    first, *others = shape["weight"] or (1,)
     if not others:
         if hint != "norm" and not isinstance(hint, tuple):
             raise ValueError(
@@ -111,14 +111,18 @@ def check_order(parts: Sequence[Part], hints: Mapping[str, Hint]) -> None:
         before = part
 
 
-def channels_last(value: Any, sizes: tuple[int, ...]) -> Any:
-    """The first axis, flattened (C, *window), as (*window, C)."""
-    return jnp.moveaxis(value.reshape(*sizes, *value.shape[1:]), 0, len(sizes) - 1).reshape(value.shape)
+def channels_last(value: Any, hint: Any) -> Any:
+    """The first axis, if the hint has its sizes, from (C, *window), flattened, to (*window, C)."""
+    if not isinstance(hint, tuple):
+        return value
+    return jnp.moveaxis(value.reshape(*hint, *value.shape[1:]), 0, len(hint) - 1).reshape(value.shape)
 
 
-def channels_first(value: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
-    """The first axis, flattened (*window, C), as (C, *window)."""
-    channels, *window = sizes
+def channels_first(value: Any, hint: Any) -> Any:
+    """The reverse of `channels_last`."""
+    if not isinstance(hint, tuple):
+        return value
+    channels, *window = hint
     return np.moveaxis(value.reshape(*window, channels, *value.shape[1:]), len(window), 0).reshape(value.shape)
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 
 GPUS = ("cuda", "rocm")
-INSTALL = "pip install 'jbn[cuda12]' or 'jbn[cuda13]'"  # what kernels need
+INSTALL = "pip install 'jax[cuda12]' triton 'jax-triton>=0.3.1,<0.4' (or 'jax[cuda13]')"  # what kernels need
 
 
 class Device(NamedTuple):

@@ -77,12 +77,41 @@ def _axes(axis: Any, x: jax.Array) -> set[int]:
     return {check_axis(each, x) for each in (axis if isinstance(axis, Iterable) else (axis,))}
 
 
-def full_rank_mask(mask: Any, rank: int) -> jax.Array | None:
-    """Flax's mask, of any dtype and of lower rank as in NumPy's broadcasting, as `bn_train` takes it."""
+def check_features(x: jax.Array, axis: int, features: int, given: str, remedy: str) -> None:
+    """As many channels as the layer's variables have.
+
+    Raises:
+      ValueError: x has others; `given` says where the layer's are from.
+    """
+    if x.shape[axis] != features:
+        raise ValueError(
+            f"x has shape {x.shape}, of {x.shape[axis]} channels along axis {axis}, and {given}: {remedy}, or give the "
+            "axis of the channels"
+        )
+
+
+def full_rank_mask(mask: Any, x: jax.Array) -> jax.Array | None:
+    """Flax's mask, of any dtype and of lower rank as in NumPy's broadcasting, as `bn_train` takes it.
+
+    Raises:
+      ValueError: it does not broadcast to `x`, or, of lower rank, it would by its first axes as well.
+    """
     if mask is None:
         return None
     mask = jnp.asarray(mask).astype(bool)
-    return jnp.expand_dims(mask, tuple(range(rank - mask.ndim)))
+    missing = x.ndim - mask.ndim
+    leading = missing > 0 and mask.shape == x.shape[: mask.ndim]
+    fits = missing >= 0 and all(m in (1, n) for m, n in zip(mask.shape, x.shape[missing:], strict=True))
+    added = f"mask[..., {', '.join(['None'] * missing)}]"
+    if fits and leading and mask.size > 1:
+        raise ValueError(
+            f"mask has shape {mask.shape}, which are both the first and the last sizes of x of shape {x.shape}: give "
+            f"{added} where its axes are the first, as of examples, or mask[None] where they are the last"
+        )
+    if not fits:
+        remedy = f"give {added}, if its axes are the first" if leading else "give 1 or x's size along each axis"
+        raise ValueError(f"mask has shape {mask.shape}, which does not broadcast to x of shape {x.shape}: {remedy}")
+    return jnp.expand_dims(mask, tuple(range(missing)))
 
 
 def with_result_dtype(x: jax.Array, dtype: Any, *variables: jax.Array | None) -> tuple[jax.Array, Any]:

@@ -9,7 +9,8 @@ import numpy as np
 
 from jbn._activations import ACTIVATIONS
 from jbn._check import FLOATS, check_activation
-from jbn._fold_pairs import Call, Pair
+from jbn._fold_marks import Call
+from jbn._fold_pairs import Pair
 from jbn._plan import compute_dtype
 from jbn.fold import fold, fold_after
 from jbn.functional import BNParams, BNState
@@ -17,10 +18,10 @@ from jbn.functional import BNParams, BNState
 PADS_NOTHING = ("VALID", "CIRCULAR", "REFLECT")  # or nothing that is not of the image
 
 
-def norm_call(module: str, layer: Any, x: Any, *, library: bool, average: Any, mean: Any, last: bool) -> Call:
-    """The call of a batch norm, and why it cannot be folded."""
-    if not library:
-        why = f"its class {type(layer).__name__} has a __call__ of its own"
+def norm_call(module: str, layer: Any, x: Any, *, own: str, average: Any, mean: Any, last: bool) -> Call:
+    """The call of a batch norm, and why it cannot be folded; `own`: what its class does in its own way."""
+    if own:
+        why = f"its class {type(layer).__name__} has a {own} of its own"
     elif not average:
         why = "it normalises with the batch's own statistics: fold what inference runs (train=False; model.eval())"
     elif x.dtype.name not in FLOATS or not last:
@@ -30,6 +31,19 @@ def norm_call(module: str, layer: Any, x: Any, *, library: bool, average: Any, m
     else:
         why = ""
     return Call(module, True, why)
+
+
+def redefined(kind: type, flax: type) -> str:
+    """A method of Flax's class that a subclass, not one of ours, has changed, or ""."""
+    fields = getattr(flax, "__dataclass_fields__", {})
+    for owner in kind.__mro__:
+        if owner in flax.__mro__ or owner.__module__ in ("jbn.linen", "jbn.nnx"):
+            continue
+        for name, value in vars(owner).items():
+            method = (callable(value) or isinstance(value, property)) and name not in fields
+            if name == "__call__" or (method and not name.startswith("__") and hasattr(flax, name)):
+                return name
+    return ""
 
 
 def layer_call(module: str, layer: Any, kernel: Any, window: tuple[int, ...] | None, transposed: bool) -> Call:
@@ -55,7 +69,7 @@ def layer_call(module: str, layer: Any, kernel: Any, window: tuple[int, ...] | N
             behind = f"with {dilation} it sees zeros between, which the batch norm before it did not make"
         elif layer.mask is not None:
             behind = "its kernel is masked"
-    return Call(module, False, refuses, behind)
+    return Call(module, False, refuses, behind, transposed)
 
 
 def weights(

@@ -1,5 +1,6 @@
 """Folding of a `flax.linen` model: its calls are watched while it is traced, and replaced by an interceptor."""
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,10 +10,13 @@ import jax
 import jax.numpy as jnp
 from flax.core import unfreeze
 from jax.experimental.xla_metadata import set_xla_metadata
+from jax.extend.core import jaxpr_as_fun
 
 from jbn import _fold_flax
 from jbn._flax import feature_axis
-from jbn._fold_pairs import Call, Marks, Pair, pairs
+from jbn._fold_check import checked, example, relative_error
+from jbn._fold_marks import Call, Marks
+from jbn._fold_pairs import Pair, pairs
 from jbn.functional import BNParams, BNState
 
 Path = tuple[str, ...]
@@ -45,7 +49,11 @@ def fold(model: nn.Module, variables: Any, *args: Any, **call: Any) -> Folded:
     input, if nothing else reads that output; else by `jbn.fold_after` into the one that alone reads its output, where
     that is exact. Its residual and activation stay. Everything else runs as before, and `left` says why: a layer or
     value that is used elsewhere too, stacked weights, training mode, padding with zeros, a class with a `__call__` of
-    its own. A layer's custom `dot_general` or `conv_general_dilated` is taken to be linear in the kernel.
+    its own, a layer that makes of its stored kernel another one (weight standardisation, quantisation).
+
+    Then both models run on the arguments, in JAX's highest precision of products: a batch norm whose folding changes
+    the outputs by more than √eps of their size (‖difference‖ / ‖output‖; eps of the coarsest dtype) is left as well,
+    with the error seen.
 
     Usage:
 
@@ -56,7 +64,8 @@ def fold(model: nn.Module, variables: Any, *args: Any, **call: Any) -> Folded:
       model: any linen module.
       variables: as `model.init` returned them, trained; they are not changed. Boxes, as of `nn.with_partitioning`, are
         opened in the result.
-      *args: of the call, arrays or `jax.ShapeDtypeStruct`s; nothing is computed.
+      *args: of the call: arrays, an example; or `jax.ShapeDtypeStruct`s, for which normal numbers (zeros, where they
+        are not floats) are drawn. Nothing is compared while arguments or variables are traced.
       **call: as well, and those of `apply`, such as `method` and `rngs`.
 
     Returns:
@@ -99,26 +108,48 @@ def fold(model: nn.Module, variables: Any, *args: Any, **call: Any) -> Folded:
             return model.apply(variables, *args, **options)
 
     arrays, join = _fold_flax.arrays_apart(args, call)
-    owners = ["/".join(_keys(path)[1:-1]) for path, _ in jax.tree_util.tree_leaves_with_path(plain)]
-    with set_xla_metadata(jbn_fold=str(next(_folds))):  # jitted modules trace anew: old traces have no marks, or others
-        closed = jax.make_jaxpr(run)(plain, arrays)
-    done, left = pairs(closed, [*owners, *[None] * len(arrays)], marks)
-    biased: set[Path] = set()
+    owners = [_owner(_keys(path)) for path, _ in jax.tree_util.tree_leaves_with_path(plain)]
+    precise = jax.default_matmul_precision("highest")
+    # jitted modules trace anew: old traces have no marks, or others
+    with precise, set_xla_metadata(jbn_fold=str(next(_folds))):
+        closed, shapes = jax.make_jaxpr(run, return_shape=True)(plain, arrays)
+    found, left = pairs(closed, [*owners, *[None] * len(arrays)], marks)
 
-    @jax.jit  # in one compilation
-    def rewritten(variables):
-        for pair in done:
-            variables = _with_pair(variables, pair, norms[pair.norm], axes[pair.layer], biased)
-        return variables
+    @functools.lru_cache(maxsize=1)
+    def folded(done: tuple[Pair, ...]):
+        biased: set[Path] = set()
+        kept = {tuple(pair.norm.split("/")): dtypes[tuple(pair.norm.split("/"))] for pair in done}
 
-    plain = rewritten(plain) if done else plain
-    kept = {tuple(pair.norm.split("/")): dtypes[tuple(pair.norm.split("/"))] for pair in done}
+        @jax.jit  # in one compilation
+        def rewritten(variables):
+            for pair in done:
+                variables = _with_pair(variables, pair, norms[pair.norm], axes[pair.layer], biased)
+            return variables
 
-    def apply(variables, *args, **call):
-        with nn.intercept_methods(_runner(kept, biased)):
-            return model.apply(variables, *args, **call)
+        def apply(variables, *args, **call):
+            with nn.intercept_methods(_runner(kept, biased)):
+                return model.apply(variables, *args, **call)
 
-    return Folded(apply, plain, {pair.norm: pair.layer for pair in done}, left)
+        return apply, rewritten(plain) if done else plain
+
+    def error(done: tuple[Pair, ...]) -> float:
+        apply, others = folded(done)
+
+        @jax.jit
+        def compare(variables, others, arrays):
+            want = jaxpr_as_fun(closed)(*jax.tree.leaves((variables, arrays)))
+            args, options = join(arrays)
+            return relative_error(jax.tree.unflatten(jax.tree.structure(shapes), want), apply(others, *args, **options))
+
+        with precise:
+            return float(compare(plain, others, drawn))
+
+    everything = jax.tree.leaves(plain)
+    if (drawn := example(arrays)) is not None and example(everything) is not None:
+        found, wrong = checked(found, error, closed.jaxpr)
+        left |= wrong
+    apply, others = folded(tuple(found))
+    return Folded(apply, others, {pair.norm: pair.layer for pair in found}, left)
 
 
 def _runner(norms: dict[Path, Any], biased: set[Path]) -> Callable:
@@ -156,7 +187,6 @@ def _known(layer: nn.Module) -> type | None:
 def _call(layer: Any, known: type, name: str, variables: Any, args: tuple, kwargs: dict) -> Call:
     if known is nn.BatchNorm:
         x, average, _ = _arguments(*args, **kwargs)
-        owner = next(c for c in type(layer).__mro__ if "__call__" in vars(c))
         try:
             last = feature_axis(layer.axis, x) == x.ndim - 1
         except ValueError:  # several axes
@@ -165,7 +195,7 @@ def _call(layer: Any, known: type, name: str, variables: Any, args: tuple, kwarg
             name,
             layer,
             x,
-            library=owner is nn.BatchNorm or owner.__module__ == "jbn.linen",
+            own=_fold_flax.redefined(type(layer), nn.BatchNorm),
             average=nn.merge_param("use_running_average", layer.use_running_average, average),
             mean=_at(variables.get(STATS, {}), layer.path).get("mean", ()),
             last=last,
@@ -195,6 +225,11 @@ def _with_pair(variables: Any, pair: Pair, epsilon: Any, axis: int, biased: set[
     params = _with(_with(params, norm, None), layer, {**own, "kernel": kernel, "bias": bias})
     whole = {**variables, "params": params, STATS: _with(stats, norm, None)}
     return {name: tree for name, tree in whole.items() if tree}
+
+
+def _owner(keys: list[str]) -> tuple[str, str]:
+    """The module whose variable is there, and what it calls a parameter."""
+    return "/".join(keys[1:-1]), keys[-1] if keys[0] == "params" else "/".join(keys)
 
 
 def _keys(path: tuple) -> list[str]:

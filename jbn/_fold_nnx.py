@@ -1,13 +1,18 @@
 """Folding of a `flax.nnx` model: a copy of it is traced whose layers mark their calls, and a copy is rewritten."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+from jax.extend.core import jaxpr_as_fun
 
 from jbn import _fold_flax
 from jbn._flax import feature_axis
-from jbn._fold_pairs import Call, Marks, pairs
+from jbn._fold_check import checked, example, relative_error
+from jbn._fold_marks import Call, Marks
+from jbn._fold_pairs import Pair, pairs
 from jbn.functional import BNParams, BNState
 
 
@@ -54,8 +59,12 @@ def fold(model: nnx.Module, *args: Any, method: str = "__call__", **call: Any) -
     folded by `jbn.fold` into the `nnx.Linear`, `nnx.Conv` or `nnx.ConvTranspose` whose output is its input, if nothing
     else reads that output; else by `jbn.fold_after` into the one that alone reads its output, where that is exact. Its
     residual and activation stay. Everything else runs as before, and `left` says why: a layer, weight or value that is
-    used elsewhere too, stacked weights, training mode, padding with zeros, a class with a `__call__` of its own. A
-    layer's custom `dot_general` or `conv_general_dilated` is taken to be linear in the kernel.
+    used elsewhere too, stacked weights, training mode, padding with zeros, a class with a `__call__` of its own, a
+    layer that makes of its stored kernel another one (weight standardisation, quantisation).
+
+    Then both models run on the arguments, in JAX's highest precision of products: a batch norm whose folding changes
+    the outputs by more than √eps of their size (‖difference‖ / ‖output‖; eps of the coarsest dtype) is left as well,
+    with the error seen.
 
     Usage:
 
@@ -65,7 +74,8 @@ def fold(model: nnx.Module, *args: Any, method: str = "__call__", **call: Any) -
 
     Args:
       model: any module, in inference mode (`model.eval()`). It is not changed.
-      *args: of the call, arrays or `jax.ShapeDtypeStruct`s; nothing is computed.
+      *args: of the call: arrays, an example; or `jax.ShapeDtypeStruct`s, for which normal numbers (zeros, where they
+        are not floats) are drawn. Nothing is compared while arguments or variables are traced.
       method: name of the method to call.
       **call: as well.
 
@@ -93,8 +103,35 @@ def fold(model: nnx.Module, *args: Any, method: str = "__call__", **call: Any) -
         known = set(map(id, given))
         return y, [value for value in after if id(value) not in known]  # stored, to be read later
 
-    owners = [".".join(_keys(path)[:-1]) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
-    done, left = pairs(jax.make_jaxpr(run)(state, arrays), [*owners, *[None] * len(arrays)], marks)
+    owners = [_owner(_keys(path)) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    precise = jax.default_matmul_precision("highest")
+    with precise:
+        closed, outputs = jax.make_jaxpr(run, return_shape=True)(state, arrays)
+    found, left = pairs(closed, [*owners, *[None] * len(arrays)], marks)
+    folded = functools.lru_cache(maxsize=1)(lambda done: _folded(model, done, dtypes))
+
+    def error(done: tuple[Pair, ...]) -> float:
+        graphdef, others = nnx.split(folded(done))
+
+        @jax.jit
+        def compare(state, others, arrays):
+            flat = jaxpr_as_fun(closed)(*jax.tree.leaves((state, arrays)))
+            want, _ = jax.tree.unflatten(jax.tree.structure(outputs), flat)
+            args, options = join(arrays)
+            return relative_error(want, getattr(nnx.merge(graphdef, others), method)(*args, **options))
+
+        with precise:
+            return float(compare(state, others, drawn))
+
+    everything = jax.tree.leaves(state)
+    if (drawn := example(arrays)) is not None and example(everything) is not None:
+        found, wrong = checked(found, error, closed.jaxpr)
+        left |= wrong
+    return Folded(folded(tuple(found)), {pair.norm: pair.layer for pair in found}, left)
+
+
+def _folded(model: nnx.Module, done: tuple[Pair, ...], dtypes: dict[str, Any]) -> nnx.Module:
+    """A copy of the model, folded by these pairs; `dtypes` of the norms' outputs."""
     copy = nnx.clone(model)
     layers = _layers(copy)
 
@@ -123,7 +160,7 @@ def fold(model: nnx.Module, *args: Any, method: str = "__call__", **call: Any) -
         vars(norm).clear()
         object.__setattr__(norm, "__class__", FoldedNorm)  # wherever it is referred to
         vars(norm).update(vars(remains))
-    return Folded(copy, {pair.norm: pair.layer for pair in done}, left)
+    return copy
 
 
 def _layers(model: nnx.Module) -> dict[str, Any]:
@@ -142,8 +179,7 @@ def _known(kind: type) -> type | None:
 def _marking(kind: type, marks: Marks, shapes: dict[str, tuple], dtypes: dict[str, Any]) -> type:
     """`kind` whose calls are marked; of one trace, and so not kept."""
     known: Any = _known(kind)
-    owner = next(c for c in kind.__mro__ if "__call__" in vars(c))
-    library = owner is nnx.BatchNorm or owner.__module__ == "jbn.nnx"
+    own = _fold_flax.redefined(kind, nnx.BatchNorm) if known is nnx.BatchNorm else ""
 
     class Marking(kind):
         def __call__(self, *args, **options):
@@ -164,13 +200,15 @@ def _marking(kind: type, marks: Marks, shapes: dict[str, tuple], dtypes: dict[st
             last = feature_axis(layer.axis, x) == x.ndim - 1
         except ValueError:  # several axes
             last = False
-        mean = jax.ShapeDtypeStruct(shapes[layer.fold_name], layer.mean[...].dtype)
-        call = _fold_flax.norm_call(layer.fold_name, layer, x, library=library, average=average, mean=mean, last=last)
+        mean = jax.ShapeDtypeStruct(shapes[layer.fold_name], layer.mean.get_raw_value().dtype)
+        call = _fold_flax.norm_call(layer.fold_name, layer, x, own=own, average=average, mean=mean, last=last)
+        if not call.refuses and layer.promote_dtype is not promote_dtype:
+            call = call._replace(refuses="it has a promote_dtype of its own")
         bare = getattr(layer, "activation", None) is None and residual is None
         return call._replace(refuses_behind="" if bare else "it has an activation or a residual")
 
     def _layer_call(layer, *_, **__) -> Call:
-        kernel = layer.kernel[...]
+        kernel = layer.kernel.get_raw_value()  # what is made of it as it is read belongs to the call
         window = None if known is nnx.Linear else kernel.shape[:-2]
         call = _fold_flax.layer_call(layer.fold_name, layer, kernel, window, known is nnx.ConvTranspose)
         if kernel.shape != shapes[layer.fold_name]:
@@ -184,6 +222,11 @@ def _marking(kind: type, marks: Marks, shapes: dict[str, tuple], dtypes: dict[st
 def _weights(layer: Any) -> tuple:
     names = ("scale", "bias", "mean", "var") if isinstance(layer, nnx.BatchNorm) else ("kernel", "bias")
     return tuple(None if getattr(layer, name) is None else getattr(layer, name)[...] for name in names)
+
+
+def _owner(keys: list[str]) -> tuple[str, str]:
+    """The module whose variable is there, and its name."""
+    return ".".join(keys[:-1]), keys[-1]
 
 
 def _keys(path: tuple) -> list[str]:

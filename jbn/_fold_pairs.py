@@ -4,27 +4,14 @@ Calls of layers and batch norms are marked while the model is traced. In the jax
 use is the marked input of the other; anything else that reads the value, or the weights, is seen there too.
 """
 
-import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
-import jax
-from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var, jaxprs_in_params
+from jax.extend.core import ClosedJaxpr, Jaxpr, Var, jaxprs_in_params
 
-TAG = "jbn_fold"
-MARK = re.compile(rf"{TAG}_(\d+)_(in|out)")
-SCOPE = re.compile(rf"{TAG}_(\d+)\b")
-
-
-class Call(NamedTuple):
-    """One call of a batch norm or of a layer that may take one up."""
-
-    module: str
-    is_norm: bool
-    refuses: str = ""  # why this module cannot be folded, whatever is around it
-    refuses_behind: str = ""  # of a layer: why a batch norm before it cannot be folded into it; of a norm: its own why
+from jbn._fold_linear import Owner, transforms
+from jbn._fold_marks import MARK, SCOPE, Call, Marks, handed_in
 
 
 class Pair(NamedTuple):
@@ -35,32 +22,20 @@ class Pair(NamedTuple):
     layer_first: bool
 
 
-class Marks:
-    """The calls of one trace, by number."""
-
-    def __init__(self):
-        self.calls: list[Call] = []
-
-    def around(self, call: Call, function: Callable[[Any], Any], x: Any) -> Any:
-        """`function(x)`, marked as this call."""
-        number = len(self.calls)
-        self.calls.append(call)
-        with jax.named_scope(f"{TAG}_{number}"):
-            x = checkpoint_name(x, f"{TAG}_{number}_in")
-            return checkpoint_name(function(x), f"{TAG}_{number}_out")
-
-
-def pairs(closed: ClosedJaxpr, owners: Sequence[str | None], marks: Marks) -> tuple[list[Pair], dict[str, str]]:
+def pairs(closed: ClosedJaxpr, owners: Sequence[Owner | None], marks: Marks) -> tuple[list[Pair], dict[str, str]]:
     """The pairs, layers before norms first, and for every batch norm left the reason.
 
     Args:
       closed: of the model, marked.
-      owners: of each of its arguments, the module whose variable it is, or None.
+      owners: of each of its arguments, the module whose variable it is and the variable's name, or None.
       marks: of the trace.
     """
     found = _Found(marks.calls)
     found.read(closed.jaxpr)
-    strange = set(_read_elsewhere(closed.jaxpr, dict(zip(closed.jaxpr.invars, owners, strict=True)), marks.calls))
+    owned = {var: owner for var, owner in zip(closed.jaxpr.invars, owners, strict=True) if owner}
+    transformed = transforms(closed.jaxpr, owned, marks.calls)
+    modules: dict[Var, str | None] = {var: module for var, (module, _) in owned.items()}
+    strange = set(_read_elsewhere(closed.jaxpr, modules, marks.calls))
     foreign = {module for read in strange for module in read if module}
     calls: dict[str, list[int]] = defaultdict(list)
     for number in sorted(found.ran):
@@ -93,6 +68,8 @@ def pairs(closed: ClosedJaxpr, owners: Sequence[str | None], marks: Marks) -> tu
             return layer, f"{layer}: its jitted module was traced for others too"
         if {norm, layer} & foreign:
             return layer, f"the weights of {layer if layer in foreign else 'the batch norm'} are used elsewhere too"
+        if why := transformed[layer].before if layer_first else transformed[layer].behind:
+            return layer, f"{layer}: {why}"
         if any(pair.layer == layer and pair.layer_first == layer_first for pair in done):
             return layer, f"{layer} takes up another batch norm"
         return layer, ""
@@ -161,21 +138,9 @@ def _read_elsewhere(jaxpr: Jaxpr, owners: dict[Var, str | None], calls: list[Cal
         scope = SCOPE.search(str(eqn.source_info.name_stack))
         reader = calls[int(scope[1])].module if scope else None
         strange = [owner for owner in read if owner and owner != reader]
-        inner = [(one, _given(eqn, one, read)) for one in jaxprs_in_params(eqn.params)]
+        inner = [(one, handed_in(eqn, one, read)) for one in jaxprs_in_params(eqn.params)]
         if reader is None and inner and all(len(one.invars) == len(given) for one, given in inner):
             for one, given in inner:
                 yield from _read_elsewhere(one, dict(zip(one.invars, given, strict=True)), calls)
         else:
             yield from ((owner, reader) for owner in strange)
-
-
-def _given(eqn: JaxprEqn, inner: Jaxpr, read: list) -> list:
-    """What of an equation's arguments a jaxpr inside it takes."""
-    if eqn.primitive.name == "cond":  # its branches lack the index
-        return read[1:]
-    if eqn.primitive.name != "while":
-        return read
-    test, body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    if inner is eqn.params["cond_jaxpr"].jaxpr:
-        return [*read[:test], *read[test + body :]]
-    return read[test:]

@@ -1,5 +1,6 @@
 """What recalibration of linen and nnx models shares: going through the batches, and pooling what layers saw."""
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -40,9 +41,26 @@ def layer_moments(layer: Any, x: Any, mask: Any, name: str) -> Moments:
             f"batch norm {name} has axis_index_groups={layer.axis_index_groups!r}, expected None: build the model "
             "without them, its variables are the same"
         )
-    mask = full_rank_mask(mask, x.ndim)
+    mask = full_rank_mask(mask, x)
     seen = moments(x, axis=feature_axis(layer.axis, x), mask=mask, axis_name=layer.axis_name)
     return seen._replace(count=jnp.broadcast_to(seen.count, seen.mean.shape))
+
+
+def check_arguments(function: Callable, name: str, args: tuple, options: dict[str, Any]) -> None:
+    """That a batch is what the model's method takes.
+
+    Raises:
+      TypeError: it is not, as where labels are in it.
+    """
+    signature = inspect.signature(function)
+    try:
+        signature.bind(*args, **options)
+    except TypeError as error:
+        given = f"a tuple of {len(args)}" if len(args) > 1 else "one argument"
+        raise TypeError(
+            f"batches gave {given}, and the model is called as {name}{signature}: {error}. A tuple becomes as many "
+            "arguments: give the inputs alone, e.g. (x for x, y in batches), and what is the same for all by keyword"
+        ) from None
 
 
 def empty_like(mean: jax.Array) -> Moments:

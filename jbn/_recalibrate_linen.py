@@ -1,5 +1,7 @@
 """Recalibration of a `flax.linen` model: its batch norms are watched from outside, by a method interceptor."""
 
+import functools
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -82,7 +84,13 @@ def recalibrate(
         _, updates = run(copy(variables, {STATS: seeded}), rngs, args, _collect)
         return {path: _at(updates[STATS], path)[POOL] for path in unbiased}
 
+    apply_options = inspect.signature(nn.Module.apply).parameters
+    method = call.get("method") or "__call__"
+    method = getattr(type(model), method) if isinstance(method, str) else method
+
     def numbered(args, number):
+        own = {name: value for name, value in call.items() if name not in apply_options}
+        _recalibrate.check_arguments(functools.partial(method, model), method.__name__, args, own)
         return step(variables, jax.tree.map(lambda key: jax.random.fold_in(key, number), rngs), args)
 
     for path, seen in _recalibrate.pool(numbered, batches, num_batches, progress).items():

@@ -73,6 +73,7 @@ def recalibrate(
 
     def advancing(args, _):
         nonlocal streams
+        _recalibrate.check_arguments(getattr(model, method), method, args, call)
         streams, pools = step(streams, rest, args)
         return pools
 

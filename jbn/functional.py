@@ -97,7 +97,8 @@ def bn_train(
       epsilon: added to the variance, ≥ 0, in squared units of x.
       mask: bool, of x's rank and broadcastable to it: which positions enter the statistics. All are normalised. A
         channel without any is normalised with the running state, which then stays. A masked position that is not
-        finite reaches no other, in values or gradients.
+        finite reaches no other, in values or gradients of this function. A layer before it is another matter: the
+        gradient of its kernel is 0 · NaN where padding is NaN, so give the network jnp.where(mask, x, 0).
       residual: of x's shape, added before the activation.
       activation: "relu", "relu6", "leaky_relu" (slope 0.01), "silu", "hard_swish", or None.
       dtype: of y; None for x's.

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jbn import BNParams, BNState, bn_eval
-from jbn._flax import feature_axis, full_rank_mask, left_to_flax, training, with_result_dtype
+from jbn._flax import check_features, feature_axis, full_rank_mask, left_to_flax, training, with_result_dtype
 from jbn._fold_linen import fold as fold
 from jbn._recalibrate_linen import recalibrate as recalibrate
 
@@ -97,7 +97,8 @@ class BatchNorm(nn.BatchNorm):
           x: any rank ≥ 1, channels at `axis`.
           use_running_average: normalize with `batch_stats` instead of the batch's own statistics. Given here
             or to the constructor, not to both.
-          mask: broadcastable to `x`; where it is zero or False, `x` stays out of the statistics.
+          mask: broadcastable to `x`, of lower rank by its last axes; where it is zero or False, `x` stays out of the
+            statistics. (A layer before this one needs finite padding: see `jbn.bn_train`.)
           residual: of `x`'s shape, added before the activation.
           r_max, d_max: bounds of this call instead of the attributes, with `renorm`: numbers, or traced scalars such
             as `optax` schedules of the step.
@@ -119,6 +120,8 @@ class BatchNorm(nn.BatchNorm):
         shape = (x.shape[axis],)
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+        remedy = "initialise the model for such x"
+        check_features(x, axis, mean.value.size, f"batch_stats/mean has shape {mean.value.shape}", remedy)
         params = BNParams(
             self.param("scale", self.scale_init, shape, self.param_dtype) if self.use_scale else None,
             self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None,
@@ -143,7 +146,7 @@ class BatchNorm(nn.BatchNorm):
             BNState(mean.value.astype(wide), var.value.astype(wide)),
             x,
             momentum=self.momentum,
-            mask=full_rank_mask(mask, x.ndim),
+            mask=full_rank_mask(mask, x),
             virtual_batch_size=None if initializing else self.virtual_batch_size,
             unbiased=self.unbiased,
             axis_name=None if initializing else self.axis_name,

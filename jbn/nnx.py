@@ -24,7 +24,7 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
 from jbn import BNParams, BNState, bn_eval
-from jbn._flax import feature_axis, full_rank_mask, left_to_flax, training, with_result_dtype
+from jbn._flax import check_features, feature_axis, full_rank_mask, left_to_flax, training, with_result_dtype
 from jbn._fold_nnx import fold as fold
 from jbn._recalibrate_nnx import recalibrate as recalibrate
 
@@ -112,7 +112,8 @@ class BatchNorm(nnx.BatchNorm):
           x: any rank ≥ 1, `num_features` channels at `axis`.
           use_running_average: normalize with `mean` and `var` instead of the batch's own statistics; None: as
             the constructor, `train()`, `eval()` or `nnx.view` said last.
-          mask: broadcastable to `x`; where it is zero or False, `x` stays out of the statistics.
+          mask: broadcastable to `x`, of lower rank by its last axes; where it is zero or False, `x` stays out of the
+            statistics. (A layer before this one needs finite padding: see `jbn.bn_train`.)
           residual: of `x`'s shape, added before the activation.
           r_max, d_max: bounds of this call instead of the attributes, with `renorm`: numbers, or traced scalars such
             as `optax` schedules of the step. `nnx.view(model, r_max=…, d_max=…)` gives them to every layer.
@@ -131,7 +132,9 @@ class BatchNorm(nnx.BatchNorm):
             use_running_average = self.use_running_average
         if left_to_flax(self, x, residual) or use_running_average is None:  # None: the error is Flax's
             return super().__call__(x, use_running_average, mask=mask)
+        axis, remedy = feature_axis(self.axis, x), "make it with the channels of x"
         state = BNState(self.mean[...], self.var[...])
+        check_features(x, axis, state.mean.size, f"num_features is {self.num_features}", remedy)
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
         if self.promote_dtype is promote_dtype:  # Flax's own rounds all five; here only the result
@@ -141,7 +144,7 @@ class BatchNorm(nnx.BatchNorm):
             x, mean, var, scale, bias = self.promote_dtype((x, *state, scale, bias), dtype=self.dtype)
             x, dtype = with_result_dtype(x, self.dtype, scale, bias)
         options: dict[str, Any] = dict(
-            axis=feature_axis(self.axis, x),
+            axis=axis,
             epsilon=self.epsilon,
             residual=residual,
             activation=self.activation,
@@ -155,7 +158,7 @@ class BatchNorm(nnx.BatchNorm):
             state,
             x,
             momentum=self.momentum,
-            mask=full_rank_mask(mask, x.ndim),
+            mask=full_rank_mask(mask, x),
             virtual_batch_size=self.virtual_batch_size,
             unbiased=self.unbiased,
             axis_name=self.axis_name,

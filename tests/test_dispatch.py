@@ -127,7 +127,7 @@ def obstacles():
     yield "old GPU", old, (X, None), "the GPU has compute capability 7.0, and the kernels need 8.0"
     old = dict(gpu=lambda _: Device("NVIDIA H100 (MI50)", 60, "gfx906"))
     yield "old AMD GPU", old, (X, None), "the GPU is gfx906, and the kernels are for gfx90a, gfx94, gfx95"
-    absent = here | dict(packages=lambda _: "jax-triton is not installed: pip install 'jbn[cuda12]' or 'jbn[cuda13]'")
+    absent = here | dict(packages=lambda _: "jax-triton is not installed: pip install 'jax[cuda12]' triton")
     yield "a package that is missing", absent, (X, None), "jax-triton is not installed: pip install"
 
 
@@ -211,7 +211,8 @@ def test_missing_packages(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     _dispatch.packages.cache_clear()
-    assert _dispatch.packages("cuda") == "jax-triton is not installed: pip install 'jbn[cuda12]' or 'jbn[cuda13]'"
+    named = "pip install 'jax[cuda12]' triton 'jax-triton>=0.3.1,<0.4' (or 'jax[cuda13]')"  # all on PyPI
+    assert _dispatch.packages("cuda") == f"jax-triton is not installed: {named}"
     _dispatch.packages.cache_clear()
 
 

@@ -39,7 +39,7 @@ BOTH = [  # keyword arguments, then what the message must hold: the argument, wh
     (dict(residual=X[0]), "residual", r"\(4, 3\)", r"\(6, 4, 3\)"),
     (dict(residual=X.astype("i4")), "residual", "int32", "float|cast"),
     (dict(activation="gelu"), "activation", "'gelu'", "output|outside|after"),
-    (dict(activation=jax.nn.relu), "activation", "relu", "output|outside|after"),
+    (dict(activation=jax.nn.relu), "activation", "function relu", "give its name, 'relu'"),
     (dict(implementation="cuda"), "implementation", "'cuda'", "'xla'"),
     (dict(epsilon=-1e-3), "epsilon", r"-0\.001", ">= 0|non-?negative|positive"),
     (dict(epsilon=float("nan")), "epsilon", "nan", ">= 0|non-?negative|positive"),
@@ -191,4 +191,4 @@ def test_triton_says_what_works_instead():
         with pytest.raises(Exception, match="triton") as caught:
             call(PARAMS, STATE, X, implementation="triton")
         assert re.search(r"'xla'", str(caught.value))
-        assert re.search(r"pip install|jbn\[cuda", str(caught.value)), "how to install it"
+        assert re.search(r"pip install 'jax\[cuda12\]' triton 'jax-triton", str(caught.value)), "how to install it"

@@ -4,17 +4,19 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import pytest
 from flax import linen as nn
 
-from experiments import cases, digits, speed
-from experiments.__main__ import main, restart_with
+from experiments import cases, catalog, digits, speed
+from experiments.__main__ import execute, main, restart_with
 from experiments.catalog import discover
 from experiments.data import Split, bikes, vowels
 from experiments.data import digits as digits_data
@@ -43,6 +45,9 @@ def test_list_shows_each_experiment_and_its_claim(capsys):
 def test_an_experiment_is_a_file_with_a_run_function_or_claims(tmp_path):
     (tmp_path / "one.py").write_text('"""A job.\n\nMore."""\n\ndef run(options, results): ...\n', encoding="utf-8")
     (tmp_path / "two.py").write_text('"""Helpers."""\n\ndef walk(options): ...\n', encoding="utf-8")
+    (tmp_path / "five.py").write_text(
+        '"""How others run."""\n\ndef run(experiment, options, results): ...\n', encoding="utf-8"
+    )
     (tmp_path / "claims").mkdir()
     (tmp_path / "claims/three.py").write_text('"""A question?"""\n\nCLAIMS: dict = {}\n', encoding="utf-8")
     (tmp_path / "claims/four.py").write_text('"""No claims."""\n', encoding="utf-8")
@@ -67,9 +72,12 @@ def test_help(capsys):
     [
         (["digit"], "no experiment is called 'digit': did you mean 'digits'? there are binaries, "),
         (["results"], "no experiment is called 'results'"),
+        (["study"], "no experiment is called 'study'"),
         (["--seed", "-1"], "--seed must be from 0 to 2**32 - 1, got -1"),
         (["--seed", "one"], "invalid int value: 'one'"),
         (["--out", __file__], "--out must be a folder"),
+        (["--out", f"{__file__}/results"], f"--out must be a folder that can be written, {__file__}/results is not: "),
+        (["report", "--out", "/dev/null/results"], "--out must be a folder that can be written, /dev/null/results is"),
     ],
 )
 def test_bad_arguments(arguments, message, capsys):
@@ -79,6 +87,29 @@ def test_bad_arguments(arguments, message, capsys):
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+def test_every_experiment_can_be_started():
+    """What is listed has what the command line calls."""
+    for name, entry in discover().items():
+        needed = {"CLAIMS", "measure", "effects"} if entry.is_claim else {"run", "table"}
+        assert {*needed, "figure"} <= entry.defines, name
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_of_several_processes_the_first_tells(index, tmp_path, monkeypatch, capsys):
+    experiment = types.SimpleNamespace(
+        run=lambda options, results: results.rows.append({"value": 1}),
+        table=lambda results: "the table",
+        figure=lambda results: plt.figure(),
+    )
+    monkeypatch.setattr(catalog, "load", lambda entry: experiment)
+    monkeypatch.setattr(jax, "process_index", lambda: index)
+    assert execute("one", None, Options(out=tmp_path)) == 0
+    shown = capsys.readouterr()
+    assert ("the table" in shown.out and "wrote" in shown.out) == (index == 0)
+    assert index == 0 or shown == ("", "")
+    assert bool(list(tmp_path.iterdir())) == (index == 0)
+
+
 @pytest.mark.parametrize("package", ["rich", "matplotlib", "mlxtend"])
 def test_missing_package(package, monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, package, None)
@@ -86,7 +117,6 @@ def test_missing_package(package, monkeypatch, capsys, tmp_path):
     assert main(["digits", "--quick", "--out", str(tmp_path)]) == 1
     message = capsys.readouterr().err
     assert f"needs {package}, not installed" in message
-    assert "pip install 'jbn[experiments]'" in message
     assert "pip install -e '.[experiments]'" in message
 
 
