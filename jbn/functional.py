@@ -84,6 +84,7 @@ def bn_train(
 
     y = activation(scale · (x − mean) / √(var + epsilon) + bias + residual), where mean and var = Σ(x − mean)² / n are
     taken over all axes but `axis`, where `mask` is True; new state = momentum · state + (1 − momentum) · statistics.
+    Σ(x − mean)² has to be finite, which in float32 is √(n · var) < 1.8e19: beyond, the new var is infinite and x̂ is 0.
 
     Args:
       params: `BNParams`, vectors `(C,)` or None.
