@@ -13,7 +13,7 @@ from jbn._collectives import Sync
 from jbn._merge import Moments, pool_along
 from jbn._op import Learned, Running, normalize_eval, normalize_train
 from jbn._pieces import synchronise
-from jbn._plan import Plan, compute_dtype
+from jbn._plan import Plan, choose, compute_dtype
 from jbn._virtual import Virtual, check_virtual, each
 
 Activation = Literal["relu", "relu6", "leaky_relu", "silu", "hard_swish"]
@@ -220,6 +220,6 @@ def _moved(state: BNState, seen: Moments, momentum, unbiased: bool) -> BNState:
         return lax.stop_gradient(mixed.astype(old.dtype))
 
     def weighted(weight, value):
-        return jnp.where(weight > 0, weight * value, 0)  # what has no weight may be NaN or inf
+        return choose(weight > 0, weight * value, 0)  # what has no weight may be NaN or inf
 
     return BNState(move(state.mean, seen.mean), move(state.var, seen.variance(unbiased)))

@@ -109,12 +109,12 @@ def bn_train_grads(
     r = rstd * (1 if scale is None else scale)
     dx = r * (g - valid / np.maximum(n, 1) * (sum_g + xhat * sum_gx))
     return {
-        "rstd": rstd.max((0, 1)),  # this and the next are no gradients, but what `assert_grads` asks for
-        "slope": np.abs(r).max((0, 1)),
         "x": _back(dx, x, axis),
         "scale": sum_gx.sum((0, 1)),
         "bias": sum_g.sum((0, 1)),
         "residual": dz,
+        "rstd": rstd.max((0, 1)),  # this and the next are no gradients, but what `assert_grads` asks for
+        "slope": np.abs(r).max((0, 1)),
     }
 
 
