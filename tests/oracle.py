@@ -113,7 +113,8 @@ def bn_train_grads(
         "scale": sum_gx.sum((0, 1)),
         "bias": sum_g.sum((0, 1)),
         "residual": dz,
-        "rstd": rstd.max((0, 1)),  # this and the next are no gradients, but what `assert_grads` asks for
+        "dy": dy,  # this and the next are no gradients, but what `assert_grads` asks for
+        "rstd": rstd.max((0, 1)),
         "slope": np.abs(r).max((0, 1)),
     }
 
@@ -245,10 +246,13 @@ def assert_moments(got, want, dtype=None, n=1, factor=1.0):
 
 
 def assert_grads(got, want, dtype=None, n=1, factor=1.0, axis=-1):
-    """Gradients as `bn_train_grads` has them, each channel by itself, to what they were summed from."""
-    dz = np.where(np.isfinite(want["residual"]), np.abs(want["residual"]), 0)
-    rows = tuple(a for a in range(dz.ndim) if a != axis % dz.ndim)
-    largest, norm = np.max(dz, rows), np.sqrt(np.sum(dz**2, rows))
+    """Gradients as `bn_train_grads` has them, each channel by itself, to what they were summed from.
+
+    These are ȳ times numbers of order 1, act'(z) and x̂, which may cancel themselves.
+    """
+    dy = np.where(np.isfinite(want["dy"]), np.abs(want["dy"]), 0)
+    rows = tuple(a for a in range(dy.ndim) if a != axis % dy.ndim)
+    largest, norm = np.max(dy, rows), np.sqrt(np.sum(dy**2, rows))
     scales = {"x": want["slope"] * largest, "scale": norm, "bias": norm, "residual": largest}
     scales |= {"mean": want["slope"] * norm, "var": want["slope"] * want["rstd"] * norm}
     for key, value in got.items():
