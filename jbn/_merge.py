@@ -23,7 +23,8 @@ class Moments(NamedTuple):
     Attributes:
       count: number of values, `()` where all channels have as many, else `(C,)`.
       mean: Σx / count, `(C,)`; 0 where count is 0.
-      m2: Σ(x − mean)², `(C,)`: the sum of squared deviations, in squared units of x.
+      m2: Σ(x − mean)², `(C,)`: the sum of squared deviations, in squared units of x. In float32 it is infinite for
+        standard deviations past 1.8e19 / √count, and 0 below 1e-19: take moments of x times a power of two then.
     """
 
     count: jax.Array | int

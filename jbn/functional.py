@@ -14,7 +14,7 @@ from jbn._merge import Moments, pool_along
 from jbn._op import Learned, Running, normalize_eval, normalize_train
 from jbn._partition import beside
 from jbn._pieces import synchronise
-from jbn._plan import Plan, compute_dtype
+from jbn._plan import Plan, choose, compute_dtype
 from jbn._virtual import Virtual, check_virtual, each
 
 Activation = Literal["relu", "relu6", "leaky_relu", "silu", "hard_swish"]
@@ -85,6 +85,7 @@ def bn_train(
 
     y = activation(scale · (x − mean) / √(var + epsilon) + bias + residual), where mean and var = Σ(x − mean)² / n are
     taken over all axes but `axis`, where `mask` is True; new state = momentum · state + (1 − momentum) · statistics.
+    Σ(x − mean)² has to be finite, which in float32 is √(n · var) < 1.8e19: beyond, the new var is infinite and x̂ is 0.
 
     Args:
       params: `BNParams`, vectors `(C,)` or None.
@@ -222,6 +223,6 @@ def _moved(state: BNState, seen: Moments, momentum, unbiased: bool) -> BNState:
         return lax.stop_gradient(mixed.astype(old.dtype))
 
     def weighted(weight, value):
-        return jnp.where(weight > 0, weight * value, 0)  # what has no weight may be NaN or inf
+        return choose(weight > 0, weight * value, 0)  # what has no weight may be NaN or inf
 
     return BNState(move(state.mean, seen.mean), move(state.var, seen.variance(unbiased)))

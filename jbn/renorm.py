@@ -9,7 +9,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jbn import _check
 from jbn._partition import beside
-from jbn._plan import compute_dtype
+from jbn._plan import choose, compute_dtype
 from jbn._virtual import check_virtual, each
 from jbn.functional import Activation, BNParams, BNState, Implementation, bn_train
 
@@ -81,9 +81,9 @@ def brn_train(
         wide, high, most = (jnp.asarray(v).astype(kind) for v in (epsilon, r_max, d_max))
         std, running_std = jnp.sqrt(batch.var + wide), jnp.sqrt(running.var + wide)
         # without room for a correction there is none, even where the state is NaN
-        r = lax.stop_gradient(jnp.where(high > 1, jnp.clip(std / running_std, 1 / high, high), 1))
+        r = lax.stop_gradient(choose(high > 1, jnp.clip(std / running_std, 1 / high, high), 1))
         d = (batch.mean - running.mean) / running_std
-        d = lax.stop_gradient(jnp.where(most > 0, jnp.clip(d, -most, most), 0))
+        d = lax.stop_gradient(choose(most > 0, jnp.clip(d, -most, most), 0))
         scale, bias = (None if v is None else v.astype(kind) for v in params)
         d = d if scale is None else scale * d
         return BNParams(r if scale is None else scale * r, d if bias is None else bias + d)

@@ -113,6 +113,9 @@ def bn_train_grads(
         "scale": sum_gx.sum((0, 1)),
         "bias": sum_g.sum((0, 1)),
         "residual": dz,
+        "dy": dy,  # this and the next are no gradients, but what `assert_grads` asks for
+        "rstd": rstd.max((0, 1)),
+        "slope": np.abs(r).max((0, 1)),
     }
 
 
@@ -200,11 +203,57 @@ def tolerance(dtype, n=1):
     return 4 * eps + 4 * accumulator * np.sqrt(n)
 
 
-def assert_close(got, want, dtype=None, n=1, factor=1.0):
-    """To each value, and to the largest finite one, where values cancel; NaN and Inf must be equal."""
-    dtype = np.asarray(got).dtype if dtype is None else dtype
+def assert_close(got, want, dtype=None, n=1, factor=1.0, axis=-1, scale=None):
+    """To each value and, where values cancel, to the largest finite one of its channel; NaN and Inf must be equal.
+
+    Channels lie along `axis`; None, and any vector, is one. `scale` takes the place of the largest, one for each
+    channel: what a value was summed from. Nothing else is forgiven but what has no normal number.
+    """
+    dtype = np.dtype(np.asarray(got).dtype if dtype is None else dtype)
     got, want = f64(got), f64(want)
     assert got.shape == want.shape, (got.shape, want.shape)
-    tol = factor * tolerance(dtype, n)
-    largest = np.max(np.abs(want), initial=1.0, where=np.isfinite(want))
-    np.testing.assert_allclose(got, want, rtol=tol, atol=tol * largest)
+    finite, info = np.isfinite(want), ml_dtypes.finfo(dtype)
+    if scale is None:
+        rows = None if axis is None or want.ndim == 1 else tuple(a for a in range(want.ndim) if a != axis % want.ndim)
+        scale = np.max(np.abs(want), rows, keepdims=True, initial=0, where=finite)
+    elif np.ndim(scale) < want.ndim:
+        scale = np.expand_dims(scale, tuple(a for a in range(want.ndim) if a != axis % want.ndim))
+    smallest = float(info.smallest_subnormal if dtype == np.float16 else info.tiny)  # XLA has no others subnormal
+    with np.errstate(invalid="ignore"):
+        limit = factor * tolerance(dtype, n) * (np.abs(want) + scale) + smallest
+        same = (got == want) | (np.isnan(got) & np.isnan(want))
+        share = np.where(finite, np.abs(got - want) / limit, np.where(same, 0, np.inf))
+    off = ~(share <= 1)
+    if off.any():
+        at = np.unravel_index(np.argmax(np.nan_to_num(share, nan=np.inf)), want.shape)
+        raise AssertionError(
+            f"{off.sum()} of {want.size} values are off, at most that at {at}: {got[at]}, where {want[at]} is right, "
+            f"by {share[at]:.3g} times what is allowed"
+        )
+
+
+def assert_state(got, want, dtype=None, n=1, factor=1.0):
+    """Running statistics, each channel by itself: a mean is as sure as x is large, a variance as it is itself."""
+    assert_close(got.mean, want.mean, dtype, n, factor, scale=np.sqrt(want.var))
+    assert_close(got.var, want.var, dtype, n, factor, scale=0)
+
+
+def assert_moments(got, want, dtype=None, n=1, factor=1.0):
+    """(mean, m2) as (count, mean, m2) has them, likewise."""
+    count, mean, m2 = want
+    assert_close(got[0], mean, dtype, n, factor, scale=np.sqrt(m2 / np.maximum(count, 1)))
+    assert_close(got[1], m2, dtype, n, factor, scale=0)
+
+
+def assert_grads(got, want, dtype=None, n=1, factor=1.0, axis=-1):
+    """Gradients as `bn_train_grads` has them, each channel by itself, to what they were summed from.
+
+    These are ȳ times numbers of order 1, act'(z) and x̂, which may cancel themselves.
+    """
+    dy = np.where(np.isfinite(want["dy"]), np.abs(want["dy"]), 0)
+    rows = tuple(a for a in range(dy.ndim) if a != axis % dy.ndim)
+    largest, norm = np.max(dy, rows), np.sqrt(np.sum(dy**2, rows))
+    scales = {"x": want["slope"] * largest, "scale": norm, "bias": norm, "residual": largest}
+    scales |= {"mean": want["slope"] * norm, "var": want["slope"] * want["rstd"] * norm}
+    for key, value in got.items():
+        assert_close(value, want[key], dtype, n, factor, axis, scales[key])

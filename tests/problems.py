@@ -147,12 +147,11 @@ def check(drawn, tiling=None, keep=False, factor=1):
     wanted = drawn.moments()
     if drawn.mask is not None:
         np.testing.assert_array_equal(count, wanted[0])
-    oracle.assert_close(mean, wanted[1], n=drawn.view.rows)
-    oracle.assert_close(m2, wanted[2], n=drawn.view.rows)
-    oracle.assert_close(run_apply(drawn, tiling), drawn.forward(), n=drawn.view.rows, factor=factor)
+    oracle.assert_moments((mean, m2), wanted, n=drawn.view.rows)
+    oracle.assert_close(run_apply(drawn, tiling), drawn.forward(), n=drawn.view.rows, factor=factor, axis=2)
     total, product, dx, dz = run_backward(drawn, tiling, keep)
     grads = drawn.backward()
-    oracle.assert_close(total, grads["bias"], n=drawn.view.rows, factor=factor)
-    oracle.assert_close(product, grads["scale"], n=drawn.view.rows, factor=factor)
-    oracle.assert_close(dx, grads["x"], n=drawn.view.rows, factor=2 * factor)
-    oracle.assert_close(dz, grads["residual"], n=drawn.view.rows, factor=factor)
+    for b in range(drawn.view.batch):
+        got, want = {"bias": total[b], "scale": product[b], "residual": dz[b]}, {k: v[b] for k, v in grads.items()}
+        oracle.assert_grads(got, want, None, drawn.view.rows, factor, axis=1)
+        oracle.assert_grads({"x": dx[b]}, want, None, drawn.view.rows, 2 * factor, axis=1)

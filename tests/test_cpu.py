@@ -9,7 +9,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import Case, draw, positional, precision, train
-from oracle import ACTIVATIONS, assert_close
+from oracle import ACTIVATIONS, assert_close, assert_grads, assert_state
 
 import jbn
 from jbn import _cpu
@@ -96,10 +96,8 @@ def test_values_and_gradients(name, dtype, small):
     want = oracle.bn_train(*positional(inputs), **options, **case.options)
     wanted = oracle.bn_train_grads(dy.astype(dtype), *positional(inputs), **options, **case.normalize_options)
     assert_close(y, want.y, n=case.rows, factor=5)
-    assert_close(state.mean, want.mean, n=case.rows)
-    assert_close(state.var, want.var, n=case.rows)
-    for key, value in grads.items():
-        assert_close(value, wanted[key], n=case.rows, factor=10)
+    assert_state(state, want, n=case.rows)
+    assert_grads(grads, wanted, n=case.rows, factor=10)
 
 
 moments = jax.jit(lambda x: (lambda m: (m.mean, m.m2))(jbn.moments(x)))

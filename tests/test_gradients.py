@@ -6,7 +6,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import Case, draw, evaluate, positional, train
-from oracle import ACTIVATIONS, assert_close
+from oracle import ACTIVATIONS, assert_close, assert_grads
 
 import jbn
 
@@ -64,9 +64,8 @@ def want_eval(case, inputs, dy):
 
 def check(case, arrays, got, want, dtype=None):
     """10: products of a few factors, each of some standard deviations."""
-    for key, g in got.items():
-        assert g.dtype == arrays[key].dtype, key
-        assert_close(g, want[key], dtype or g.dtype, case.rows, factor=10)
+    assert {key: g.dtype for key, g in got.items()} == {key: arrays[key].dtype for key in got}
+    assert_grads(got, want, dtype, case.rows, 10, case.axis)
 
 
 @pytest.mark.parametrize("name", CASES)

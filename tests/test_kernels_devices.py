@@ -15,7 +15,7 @@ import pytest
 from jax._src.interpreters import mlir
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from oracle import assert_close
+from oracle import assert_close, assert_grads, assert_state
 
 import jbn
 from jbn import _dispatch, _xla
@@ -141,10 +141,8 @@ def check(f, mesh, given):
     wanted = oracle.bn_train_grads(dy, *args, **options, activation="relu")
     rows = 64
     assert_close(y, want.y, n=rows, factor=5)
-    assert_close(state.mean, want.mean, n=rows)
-    assert_close(state.var, want.var, n=rows)
-    for key, value in zip(("x", "residual", "scale", "bias"), grads, strict=True):
-        assert_close(value, wanted[key], n=rows, factor=10)
+    assert_state(state, want, n=rows)
+    assert_grads(dict(zip(("x", "residual", "scale", "bias"), grads, strict=True)), wanted, n=rows, factor=10)
 
 
 @pytest.mark.parametrize("way", WAYS[:3])

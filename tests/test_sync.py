@@ -8,7 +8,7 @@ import oracle
 import pytest
 from cases import Case, draw, positional, train
 from mapping import KINDS, spread
-from oracle import assert_close
+from oracle import assert_close, assert_grads, assert_state
 
 import jbn
 
@@ -47,9 +47,8 @@ def cotangent():
 
 def check_state(got, want):
     """Of every device."""
-    for name in ("mean", "var"):
-        value = getattr(got, name)
-        assert_close(value, np.broadcast_to(getattr(want, name), np.shape(value)), n=CASE.rows)
+    assert_state(got, jax.tree.map(lambda g, w: np.broadcast_to(w, g.shape), got, jbn.BNState(want.mean, want.var)),
+                 n=CASE.rows)  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -73,8 +72,7 @@ def test_a_vmap_that_names_the_axis_need_not_map_the_state():
         y, new = shared(x, mask)
         wanted, want = jbn.bn_train(params, state, x.reshape(16, 3), mask=mask.reshape(16, 1))
         assert_close(y.reshape(16, 3), wanted, n=16)
-        assert_close(new.mean, want.mean, n=16)
-        assert_close(new.var, want.var, n=16)
+        assert_state(new, want, n=16)
         g = jax.grad(lambda x, mask=mask: (shared(x, mask)[0] ** 3).sum())(x)
         rows = functools.partial(jbn.bn_train, params, state, mask=mask.reshape(16, 1))
         want = jax.grad(lambda x, rows=rows: (rows(x)[0] ** 3).sum())(x.reshape(16, 3))
@@ -91,8 +89,7 @@ def test_gradients(kind, devices):
 
     got = jax.jit(jax.grad(total))(inputs().arrays)
     _, want = whole()
-    for key, value in got.items():
-        assert_close(value, want[key], n=CASE.rows, factor=10)
+    assert_grads(got, want, n=CASE.rows, factor=10)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -107,8 +104,7 @@ def test_gradients_from_inside(kind, devices):
 
     got, _ = jax.jit(spread(kind, local, devices))(*inputs(), cotangent())
     _, want = whole()
-    for key, value in got.items():
-        assert_close(value, want[key], n=CASE.rows, factor=10)
+    assert_grads(got, want, n=CASE.rows, factor=10)
 
 
 def directions():

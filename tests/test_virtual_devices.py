@@ -9,7 +9,7 @@ import pytest
 from cases import Case, draw, positional, train
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from oracle import assert_close
+from oracle import assert_close, assert_grads, assert_state
 from test_communication import NUMBERS, collectives
 
 import jbn
@@ -60,11 +60,9 @@ def check(got, k):
     options = dict(mask=mask, residual=arrays["residual"])
     want = oracle.bn_train(*args, **options, **case.options)
     assert_close(y, want.y, n=CASE.rows, factor=5)
-    assert_close(state.mean, want.mean, n=CASE.rows)
-    assert_close(state.var, want.var, n=CASE.rows)
+    assert_state(state, want, n=CASE.rows)
     want = oracle.bn_train_grads(cotangent(), *args, **options, **case.normalize_options)
-    for key, value in grads.items():
-        assert_close(value, want[key], n=CASE.rows, factor=10)
+    assert_grads(grads, want, n=CASE.rows, factor=10)
 
 
 def place(mesh, spec):
