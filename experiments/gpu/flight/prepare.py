@@ -8,7 +8,6 @@ from pathlib import Path
 import triton
 
 from experiments.gpu.flight import ahead, plan
-from experiments.gpu.flight.pieces import Case
 from experiments.gpu.flight.raw import FOLDER
 from experiments.gpu.flight.stamp import stamp
 from experiments.record import cores
@@ -17,9 +16,9 @@ TRITON = "3.6."  # of that machine, and the one that jax-triton 0.3 compiles wit
 JAX_TRITON = "jax-triton==0.3.1"
 
 
-def prepare(folder: Path = FOLDER, planned: list[Case] | None = None, seconds: float = 1e9, fetch: bool = True) -> bool:
+def prepare(folder: Path = FOLDER, seconds: float = 1e9, fetch: bool = True) -> bool:
     """Fills the folder; whether all is there then. What an earlier call left is kept where it is still right."""
-    whole, planned = planned is None, plan.everything() if planned is None else planned
+    planned = plan.everything()
     (folder / "binaries").mkdir(parents=True, exist_ok=True)
     (folder / "stamp").unlink(missing_ok=True)
     binaries = plan.write(folder, planned)
@@ -38,7 +37,7 @@ def prepare(folder: Path = FOLDER, planned: list[Case] | None = None, seconds: f
     for line in (*errors, *(f"MISSING: {each}" for each in lacking)):
         print(line)
     complete = not lacking and not errors
-    if complete and whole:
+    if complete:
         (folder / "stamp").write_text(stamp(), encoding="utf-8")
     return complete
 
