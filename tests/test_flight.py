@@ -62,7 +62,8 @@ def test_every_piece_is_launched_checked_and_timed(launcher):
     assert [line["kernel"] for line in found if not line["ok"]] == []
     names = {name for line in found for name in line["errors"]}
     assert names == {name for piece in pieces.PIECES for name in piece.writes.values()}
-    assert all(line["us"] > 0 and line["resident"] == 2 for line in found)
+    assert all(line["us"] > 0 for line in found)
+    assert {(line["resident"], line["registers"], line["spilled"]) for line in found} == {(2, 64, 0)}
     assert {line["chosen"] for line in found} == {True, False}
     assert all("same_us" in line for line in found if line["chosen"])
     assert cuda.replayed == 6 * (len(CASES) + len(NAMED))
@@ -325,7 +326,7 @@ def test_the_command(tmp_path):
     command = Path(__file__).parent.parent / ".ci/flight"
     environment = {**os.environ, "PYTHON": sys.executable}
     done = subprocess.run([command, "summary", tmp_path], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.stdout == "no lines were found: a run on a GPU writes them (experiments/GPU.md)\n", done.stderr
+    assert done.stdout == "no lines were found: a run on a GPU writes them (experiments/README.md)\n", done.stderr
     done = subprocess.run([command, "4"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and "invalid choice: '4'" in done.stderr
 
@@ -333,15 +334,16 @@ def test_the_command(tmp_path):
 def test_parts_are_cut_at_their_limits_and_lose_nothing(tmp_path):
     lines = Lines(tmp_path / "found.jsonl")
     parts = Parts(tmp_path, lines, 60)
-    child = "import subprocess, sys, time; print('so far', flush=True); subprocess.run(['sleep', '1000'])"
-    started = time.monotonic()
+    child = "import subprocess; child = subprocess.Popen(['sleep', '1000']); print(child.pid, flush=True); child.wait()"
     well = parts.run(
         Part("slow", python("-c", child), 1), Part("quick", python("-c", "print(3)"), 50), Part("bad", ["false"], 50)
     )
-    assert not well and time.monotonic() - started < 40
+    assert not well
     ended = {line["part"]: line["ended"] for line in read([tmp_path / "found.jsonl"])}
     assert ended == {"slow": "cut", "quick": "status 0", "bad": "status 1"}
-    assert "so far" in (tmp_path / "slow.log").read_text()
+    pid = (tmp_path / "slow.log").read_text().split()[-1]  # of the child, which has gone too
+    stat = Path(f"/proc/{pid}/stat")
+    assert not stat.exists() or stat.read_text().split()[2] == "Z"
     parts.deadline = time.monotonic()
     assert not parts.run(Part("late", ["true"], 50))
     assert list(read([tmp_path / "found.jsonl"]))[-1]["ended"] == "never begun"
@@ -383,12 +385,13 @@ def test_programs_that_come_back_are_not_too_many(tmp_path, monkeypatch):
 def test_summary_shows_the_best_that_was_right(tmp_path):
     lines = Lines(tmp_path / "a" / "found.jsonl")
     told = {"kernel": "apply", "fused": "relu", "shape": [256, 7, 7, 512], "dtype": "bfloat16", "programs": 9}
-    told |= {"resident": 4, "bytes": 2e6, "errors": {}, "unroll": None}
+    told |= {"resident": 4, "bytes": 2e6, "errors": {}, "unroll": None, "registers": 60, "spilled": 8}
     for rows, us, ok, chosen in ((64, 4.0, True, True), (32, 1.0, False, False), (16, 2.0, True, False)):
         lines("run", **told, tiling=[rows, 32, 3, 8], us=us, ok=ok, chosen=chosen)
     lines("run", **{**told, "kernel": "copy", "fused": "alone"}, tiling=[1, 1, 1, 8], us=1.0, ok=True, chosen=True)
     lines.file.write('{"kind": "run", "cut')
     lines.file.flush()
     shown = summary.summarise([tmp_path])
-    assert "4.0  0.50 | best      2.0  1.00 16×32×3×8 unroll None resident 4 | 50% of a copy | 1 of 3 WRONG" in shown
+    best = "16×32×3×8 unroll None resident 4 registers 60 SPILLS 8"
+    assert f"4.0  0.50 | best      2.0  1.00 {best} | 50% of a copy | 1 of 3 WRONG" in shown
     assert main(["summary", str(tmp_path)]) == 0

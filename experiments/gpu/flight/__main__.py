@@ -1,4 +1,4 @@
-"""The command line: `python -m experiments.gpu.flight {prepare | 1 | 2 | 3 | summary}`; see experiments/GPU.md."""
+"""The command line: `python -m experiments.gpu.flight {prepare | 1 | 2 | 3 | summary}`; see experiments/README.md."""
 
 import argparse
 import os
