@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -62,11 +63,16 @@ def test_names_tell_binaries_apart():
 def test_prepare_compiles_two_tilings_once(tmp_path, capsys, monkeypatch):
     planned = [Case("apply", "relu", SHAPE, "bfloat16", Tried(Tiling(rows, 32, 3, 4))) for rows in (32, 64)]
     monkeypatch.setattr(plan, "everything", lambda: planned)
+    module = sys.modules[prepare.__module__]
+    monkeypatch.setattr(module, "TRITON", "0.1.")
+    assert not prepare(tmp_path) and not list(tmp_path.iterdir())
+    assert re.match(r"MISSING: triton 0\.1\.x, .* here is \d.*: pip install", capsys.readouterr().out)
+    monkeypatch.setattr(module, "TRITON", "")  # any will do
     for _ in range(2):
         assert not is_prepared(tmp_path)
         right = prepare(tmp_path, fetch=False)
         told = capsys.readouterr().out
-        assert right == is_prepared(tmp_path) == ("MISSING" not in told)  # whatever triton is here
+        assert right and is_prepared(tmp_path) and "MISSING" not in told
         (tmp_path / "stamp").write_text("of other sources")
         assert "2 launches of 2 binaries" in told and "0 old ones deleted" in told
     assert "compiled" not in told
