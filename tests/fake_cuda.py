@@ -78,6 +78,10 @@ class FakeCuda:
         resident._obj.value = 2
         return 0
 
+    def cuFuncGetAttribute(self, value, attribute, function):
+        value._obj.value = {3: 0, 4: 64}[attribute]
+        return 0
+
     def cuMemAlloc_v2(self, address, size):
         block = np.full(size.value, 0xAB, np.uint8)
         address._obj.value = block.ctypes.data

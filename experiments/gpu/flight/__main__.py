@@ -1,6 +1,7 @@
-"""The command line: `python -m experiments.gpu.flight {prepare | 1 | 2 | 3 | summary}`; see experiments/GPU.md."""
+"""The command line: `python -m experiments.gpu.flight {prepare | 1 | 2 | 3 | summary}`; see experiments/README.md."""
 
 import argparse
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -23,6 +24,9 @@ def main(arguments: list[str]) -> int:
     shown.add_argument("paths", nargs="*", type=Path, default=[RESULTS], help="folders or .jsonl files")
     options = parser.parse_args(arguments)
     if options.command == "prepare":
+        if importlib.util.find_spec("triton") is None:
+            print("MISSING: triton, to compile with: pip install -e . 'triton==3.6.*'")
+            return 1
         from experiments.gpu.flight.prepare import prepare as fill
 
         return 0 if fill(seconds=options.seconds, fetch=not options.offline) else 1

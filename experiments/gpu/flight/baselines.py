@@ -54,7 +54,7 @@ class Baselines:
                         for _ in range(2):  # memory and code are there then
                             step(0)
                         self.driver.wait()
-                        us = self.driver.time(step, max(4, min(16, operands.sets)), 3)
+                        us = self.driver.time(step, max(4, operands.sets), 3)
                         self.lines("baseline", **told, us=us, bytes=(3 if each == "forward" else 8) * operands.size)
                     except RuntimeError as error:
                         self.lines("error", **told, error=f"{type(error).__name__}: {str(error)[:300]}")

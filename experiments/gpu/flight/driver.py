@@ -4,7 +4,7 @@ import ctypes
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+LOCAL_BYTES, REGISTERS, MAX_DYNAMIC_SHARED = 3, 4, 8  # of CUfunction_attribute
 STATIC_SHARED = 48 * 1024  # bytes beyond which a function must be told
 MULTIPROCESSORS, L2_BYTES = 16, 38  # of CUdevice_attribute
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
@@ -27,6 +27,8 @@ class Program(NamedTuple):
     threads: int
     shared: int  # bytes
     resident: int  # of its programs that a multiprocessor holds at once
+    registers: int  # a thread
+    spilled: int  # bytes of local memory a thread
     parameters: int
 
 
@@ -83,7 +85,12 @@ class Driver:
             self.call("cuFuncSetAttribute", function, MAX_DYNAMIC_SHARED, shared)
         size = ctypes.c_size_t(shared)
         self.call("cuOccupancyMaxActiveBlocksPerMultiprocessor", ctypes.byref(resident), function, 32 * warps, size)
-        return Program(function, 32 * warps, shared, resident.value, parameters)
+        found = []
+        for attribute in (REGISTERS, LOCAL_BYTES):
+            value = ctypes.c_int()
+            self.call("cuFuncGetAttribute", ctypes.byref(value), attribute, function)
+            found.append(value.value)
+        return Program(function, 32 * warps, shared, resident.value, *found, parameters)
 
     def launcher(self, program: Program, programs: int, values: list[Any]) -> Callable[[], None]:
         """What launches so many programs on ctypes values; Triton's own scratch, unused, comes behind them as nulls.

@@ -32,7 +32,7 @@ class Operands:
         self.memory, self.dtype = memory, dtype
         self.channels, self.rows = shape[-1], math.prod(shape[:-1])
         self.size = self.rows * self.channels * (4 if dtype == "float32" else 2)  # bytes of x
-        self.sets = max(1, min(32, math.ceil(beyond / self.size)))
+        self.sets = max(1, min(64, math.ceil(beyond / self.size)))
         self.made: dict[tuple[Any, ...], Any] = {}
         self.kept: tuple[Any, Any] = None, None
 

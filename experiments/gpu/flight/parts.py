@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from experiments.gpu.flight.lines import Lines
 
@@ -58,26 +58,33 @@ class Parts:
         with log.open("ab") as file:
             file.write(f"== {part.name}\n".encode())
             file.flush()
-            process = subprocess.Popen(
-                part.command,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, **part.environment},
-                start_new_session=True,  # so that its children can be ended with it
-            )
-            try:
-                status: int | None = process.wait(limit)
-            except subprocess.TimeoutExpired:
-                status = None
-                end(process)
-        ended = "cut" if status is None else f"status {status}"
+            ended = run(part, file, limit)
         seconds = round(time.monotonic() - started, 1)
         self.lines("part", part=part.name, ended=ended, seconds=seconds)
         tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-12:]
         print("\n".join([*tail, f"== {part.name}: {ended} after {seconds} s"]), flush=True)
-        if status == 0:
+        if ended == "status 0":
             well.append(part.name)
+
+
+def run(part: Part, file: IO[bytes], limit: float) -> str:
+    """Runs a command with its output to a file; how it ended."""
+    try:
+        process = subprocess.Popen(
+            part.command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **part.environment},
+            start_new_session=True,  # so that its children can be ended with it
+        )
+    except OSError as error:
+        return str(error)
+    try:
+        return f"status {process.wait(limit)}"
+    except subprocess.TimeoutExpired:
+        end(process)
+        return "cut"
 
 
 def end(process: subprocess.Popen) -> None:

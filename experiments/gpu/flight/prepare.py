@@ -8,25 +8,26 @@ from pathlib import Path
 import triton
 
 from experiments.gpu.flight import ahead, plan
-from experiments.gpu.flight.pieces import Case
 from experiments.gpu.flight.raw import FOLDER
 from experiments.gpu.flight.stamp import stamp
 from experiments.record import cores
 
 TRITON = "3.6."  # of that machine, and the one that jax-triton 0.3 compiles with
 JAX_TRITON = "jax-triton==0.3.1"
+REMEDY = "pip install -e . 'triton==3.6.*' in an environment of its own, whose Python PYTHON names"
 
 
-def prepare(folder: Path = FOLDER, planned: list[Case] | None = None, seconds: float = 1e9, fetch: bool = True) -> bool:
+def prepare(folder: Path = FOLDER, seconds: float = 1e9, fetch: bool = True) -> bool:
     """Fills the folder; whether all is there then. What an earlier call left is kept where it is still right."""
-    whole, planned = planned is None, plan.everything() if planned is None else planned
+    if not triton.__version__.startswith(TRITON):
+        print(f"MISSING: triton {TRITON}x, which this is compiled with there; here is {triton.__version__}: {REMEDY}")
+        return False
+    planned = plan.everything()
     (folder / "binaries").mkdir(parents=True, exist_ok=True)
     (folder / "stamp").unlink(missing_ok=True)
     binaries = plan.write(folder, planned)
     print(f"{len(planned)} launches of {len(binaries)} binaries", flush=True)
     lacking = []
-    if not triton.__version__.startswith(TRITON):
-        lacking.append(f"triton {TRITON}x, to compile with: this is {triton.__version__}, whose binaries do not count")
     forgotten = ahead.forget(folder / "binaries", binaries)
     left, errors = ahead.build(folder / "binaries", binaries, cores(), seconds)
     if left:
@@ -38,7 +39,7 @@ def prepare(folder: Path = FOLDER, planned: list[Case] | None = None, seconds: f
     for line in (*errors, *(f"MISSING: {each}" for each in lacking)):
         print(line)
     complete = not lacking and not errors
-    if complete and whole:
+    if complete:
         (folder / "stamp").write_text(stamp(), encoding="utf-8")
     return complete
 

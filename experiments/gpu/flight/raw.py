@@ -4,8 +4,8 @@ python -m experiments.gpu.flight.raw LINES [--seconds S] [--largest N] [--each N
 
 Neither JAX nor Triton: `.gpu/runs.json` says what is launched, in order. Kinds of lines: "device", "run" (`us`, the
 median of a captured graph's replays; `same_us`, on one set of operands, from L2 where they fit; `errors`, of each
-result, and `ok`; `resident`, programs that a multiprocessor holds) and "error"; "repeat" with --repeat, "check" with
---host, which times nothing, and else "baseline" (`baselines`).
+result, and `ok`; `resident`, programs that a multiprocessor holds; `registers` and `spilled` bytes a thread) and
+"error"; "repeat" with --repeat, "check" with --host, which times nothing, and else "baseline" (`baselines`).
 """
 
 import argparse
@@ -114,12 +114,22 @@ class Launcher:
     def measure(self, run: dict[str, Any]) -> None:
         """A line that says it, and how long the run takes."""
         operands, prepared = self.of(run), self.prepare(run)
-        found = judged(run, prepared.errors()) | {"resident": self.program(run["binary"]).resident}
-        found["us"] = self.driver.time(prepared.step, max(4, min(32, operands.sets)))
+        program = self.program(run["binary"])
+        found = judged(run, prepared.errors())
+        found |= {key: getattr(program, key) for key in ("resident", "registers", "spilled")}
+        found["us"] = self.driver.time(prepared.step, max(4, operands.sets))
         if run["chosen"]:
             found["same_us"] = self.driver.time(lambda _: prepared.step(0), 8)
         found["bytes"] = run["moved"] * operands.size
         self.lines("run", **told(run), **found)
+
+    def warm(self, run: dict[str, Any], seconds: float) -> None:
+        """Keeps the device busy, so that its clocks are up when times begin to count."""
+        prepared, started = self.prepare(run), time.monotonic()
+        while time.monotonic() - started < seconds:
+            for i in range(50):
+                prepared.step(i)
+            self.driver.wait()
 
     def repeat(self, run: dict[str, Any], times: int, disturb: Callable[[int], None]) -> None:
         """Whether a run gives the same bits every time, with whatever `disturb` queues beside it."""
@@ -227,6 +237,7 @@ def main() -> None:
             launcher.measure(run)
             baselines.once(run, launcher.of(run))
 
+        launcher.warm(runs[0], 1.0)
         launcher.each(runs, options.seconds, measure)
 
 

@@ -18,9 +18,9 @@ def summarise(paths: Iterable[Path]) -> str:
     """All tables for which there are lines; where something was measured twice, the last time counts."""
     files = [file for path in paths for file in (sorted(path.rglob("*.jsonl")) if path.is_dir() else [path])]
     found = list(read(file for file in files if file.exists()))
-    tables = (machine, copies, kernels, layers, steps, repeats, failures)
+    tables = (machine, copies, kernels, layers, wins, steps, repeats, failures)
     shown = ["\n".join(lines) for lines in (list(table(found)) for table in tables) if lines]
-    return "\n\n".join(shown) if shown else "no lines were found: a run on a GPU writes them (experiments/GPU.md)"
+    return "\n\n".join(shown) if shown else "no lines were found: a run on a GPU writes them (experiments/README.md)"
 
 
 def of(found: list[Line], kind: str) -> Iterator[Line]:
@@ -73,6 +73,7 @@ def kernels(found: list[Line]) -> Iterator[str]:
         cells.append(f"{chosen['us']:8.1f} {terabytes(chosen):5.2f}" if chosen else " " * 14)
         if right:
             how = f"{name(right['tiling'])} unroll {right['unroll']} resident {right['resident']}"
+            how += f" registers {right['registers']}" + f" SPILLS {right['spilled']}" * bool(right["spilled"])
             cells.append(f"best {right['us']:8.1f} {terabytes(right):5.2f} {how}")
         if copy and right and kernel != "copy" and terabytes(copy):
             cells.append(f"{terabytes(right) / terabytes(copy):.0%} of a copy")
@@ -105,6 +106,20 @@ def layers(found: list[Line]) -> Iterator[str]:
     for (batch, fused, each, rival), values in ratios.items():
         mean = geometric_mean(values)
         yield f"  batch {batch}, {fused}, {each}, {rival} over kernels: geometric mean {mean:.3f}× of {len(values)}"
+
+
+def wins(found: list[Line]) -> Iterator[str]:
+    """Rows for `jbn._dispatch.WINS`."""
+    lines = list(of(found, "layer"))
+    if lines:
+        from experiments.gpu import report
+        from experiments.record import Results
+
+        keys = ("case", "dtype", "fused", "pass", "candidate", "bytes")
+        rows = [{key: line[key] for key in keys} | {"layout": "last", "microseconds": line["us"]} for line in lines]
+        yield "from which size on kernels took no longer than XLA in every case, forward + backward"
+        for row in report.wins(Results("flight", rows=rows)):
+            yield f"  {row['dtype']}, channels {row['layout']}: from {row['size'] / 1e6:.1f} MB, {row['cases']} cases"
 
 
 def steps(found: list[Line]) -> Iterator[str]:
