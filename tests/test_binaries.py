@@ -97,7 +97,7 @@ def _kernel(config: str) -> str:
 @pytest.mark.parametrize("shape, channel", [((4, 8, 8, 64), 3), ((4, 64, 8, 8), 1)])
 def test_lowering(shape, channel):
     """Two launches forward, two backward, one for inference; x itself goes in, reshaped outputs come out."""
-    pytest.importorskip("jax_triton", reason="jax-triton or jax's GPU plugin is not installed", exc_type=ImportError)
+    pytest.importorskip("jbn._jax_triton", reason="jax-triton is not installed", exc_type=ImportError)
     from jbn import _triton
     from jbn._collectives import Sync
     from jbn._plan import Coefficients, Plan
@@ -132,7 +132,7 @@ def test_lowering(shape, channel):
 
 def test_resnet_step():
     """ResNet-50's step lowers to two launches forward and two backward a norm, on x as the convolutions left it."""
-    pytest.importorskip("jax_triton", reason="jax-triton is not installed", exc_type=ImportError)
+    pytest.importorskip("jbn._jax_triton", reason="jax-triton is not installed", exc_type=ImportError)
     norm = partial(BatchNorm, use_running_average=False, dtype=jnp.bfloat16, implementation="triton")
     network = models.ResNet50(norm=norm, dtype=jnp.bfloat16, fused=True)
     images = jnp.zeros((32, 224, 224, 3), jnp.bfloat16)
