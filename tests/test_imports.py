@@ -135,6 +135,27 @@ def test_what_jax_triton_does_to_the_environment_is_undone():
         assert out.stdout.strip() == str(kept)
 
 
+def test_the_tests_of_the_kernels_start_no_jax():
+    """Which takes minutes under compute-sanitizer. As on a GPU, but that the interpreter stands in for it."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    code = """
+import device, interpreter, pytest
+
+def run(launch, arrays, outputs):
+    interpreter.run(launch.kernel, launch.programs, *arrays, *launch.numbers, *outputs, **launch.constants)
+
+device.run = run
+pytest.main(["-p", "no:cacheprovider", "tests/test_kernels.py", "-k", "test_not_finite"])
+from jax._src import xla_bridge
+print("started" if xla_bridge.backends_are_initialized() else "not started")
+"""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JBN_TEST_GPU": "1"}
+    out = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "1 passed" in out.stdout and out.stdout.splitlines()[-1] == "not started", out.stdout
+
+
 def test_surface():
     """Names, order and defaults of arguments are the contract."""
     want = {
