@@ -7,10 +7,10 @@ from jbn.kernels.binaries import compile_only
 _known: dict[tuple, tuple[str, int]] = {}
 
 
-def run(launch, arrays, outputs, target: str = "sm_90") -> machine.Report:
-    """`outputs` are written in place."""
+def run(launch, arrays, outputs, target: str = "sm_90", chosen=None) -> machine.Report:
+    """`outputs` are written in place, by the programs chosen, or all."""
     text, shared = assembled(launch, arrays, target)
-    return run_text(launch, arrays, outputs, text, shared)
+    return run_text(launch, arrays, outputs, text, shared, chosen=chosen)
 
 
 def assembled(launch, arrays, target: str = "sm_90") -> tuple[str, int]:
@@ -27,7 +27,7 @@ def assembled(launch, arrays, target: str = "sm_90") -> tuple[str, int]:
     return _known[key]
 
 
-def run_text(launch, arrays, outputs, text: str, shared: int, seed: int = 0) -> machine.Report:
+def run_text(launch, arrays, outputs, text: str, shared: int, seed: int = 0, chosen=None) -> machine.Report:
     """The same with PTX at hand."""
     arguments = [*arrays, *(n for n in launch.numbers if n != 1), *outputs]
-    return machine.run(text, launch.programs, arguments, shared, seed)
+    return machine.run(text, launch.programs, arguments, shared, seed, chosen)

@@ -13,6 +13,7 @@ import numpy as np
 import ptx
 from memory import WARP, Memory, Shared
 from ptx import Address, Instruction
+from sparse import Sparse
 
 UNDER_WAY = 5  # programs at once
 ACCESSES = {"ld", "st", "param", "global", "shared", "shared__cta", "cg", "L1__evict_first", "L2__cache_hint"}
@@ -28,19 +29,24 @@ class Report(NamedTuple):
     sectors_stored: tuple[int, ...]
 
 
-def run(text: str, programs: int, arguments: Sequence, shared: int, seed: int = 0) -> Report:
-    """Runs a module's function; NumPy arrays among the arguments are pointers, written in place."""
+def run(
+    text: str, programs: int, arguments: Sequence, shared: int, seed: int = 0, chosen: Sequence[int] | None = None
+) -> Report:
+    """Runs a module's function, of its programs those chosen, or all.
+
+    NumPy arrays among the arguments, and sparse ones, are pointers, written in place.
+    """
     function = ptx.read(text)
-    memory = Memory([a for a in arguments if isinstance(a, np.ndarray)])
+    memory = Memory([a for a in arguments if isinstance(a, np.ndarray | Sparse)])
     addresses = iter(memory.addresses)
-    values = [next(addresses) if isinstance(a, np.ndarray) else a for a in arguments]
+    values = [next(addresses) if isinstance(a, np.ndarray | Sparse) else a for a in arguments]
     unused = len(function.parameters) - len(values)  # pointers of Triton's own
     values += [0] * unused
     parameters = {
         name: np.array(value, ptx.KINDS[kind]) for (kind, name), value in zip(function.parameters, values, strict=True)
     }
     rng = np.random.default_rng(seed)
-    waiting, active = list(rng.permutation(programs)), []
+    waiting, active = list(rng.permutation(programs if chosen is None else chosen)), []
     with np.errstate(all="ignore"):
         while waiting or active:
             while waiting and len(active) < UNDER_WAY:
@@ -182,11 +188,15 @@ class Program:
 
     def access(self, instruction: Instruction) -> None:
         name, operands = instruction.name, instruction.operands
-        if not set(name) <= ACCESSES:
+        parameter = name[:2] == ("ld", "param")
+        if not set(name) <= (ACCESSES | {"s32"} if parameter else ACCESSES):
             raise NotImplementedError(f"no rule is written for {'.'.join(name)}")
-        if name[:2] == ("ld", "param"):
+        if parameter:
             target, source = operands
-            self.write(target, np.full(len(self.thread), self.parameters[source.base]))
+            value = np.full(len(self.thread), self.parameters[source.base])
+            if name[-1] == "s32":  # the register may be wider
+                value = value.view(np.int32).astype(f"i{ptx.kind_of(target).itemsize}")
+            self.write(target, value)
             return
         chosen = self.chosen(instruction)
         threads = self.thread if chosen is None else self.thread[chosen]

@@ -8,6 +8,7 @@ one place by one instruction. Shared memory starts as poison.
 from collections.abc import Sequence
 
 import numpy as np
+from sparse import Sparse
 
 WARP = 32
 SPACE = 40  # bits of an address within its array
@@ -17,10 +18,13 @@ NOBODY, SEVERAL = -1, -2
 class Memory:
     """Global memory: arrays, each in an address space of its own."""
 
-    def __init__(self, arrays: Sequence[np.ndarray]):
-        self.arrays = [a.reshape(-1).view(np.uint8) for a in arrays]
+    def __init__(self, arrays: Sequence[np.ndarray | Sparse]):
+        self.arrays = [a.bytes() if isinstance(a, Sparse) else a.reshape(-1).view(np.uint8) for a in arrays]
         self.addresses = [(i + 1) << SPACE for i in range(len(arrays))]
-        self.writers = [np.full(a.size, NOBODY, np.int32) for a in self.arrays]
+        self.writers = [
+            Sparse(a.size, np.int32, NOBODY) if isinstance(a, Sparse) else np.full(a.size, NOBODY, np.int32)
+            for a in self.arrays
+        ]
         self.counts = np.zeros((4, len(arrays)), int)
 
     def locate(self, addresses, width: int):

@@ -94,6 +94,14 @@ def test_floats():
     np.testing.assert_array_equal(stored(lines).view(np.float32), 2.0**-24)
 
 
+def test_parameters_with_a_sign():
+    """A register twice as wide gets the sign all over."""
+    lines = "ld.param.s32 %rd4, [test_param_1]; shr.s64 %rd4, %rd4, 32; cvt.u32.u64 %r3, %rd4;"
+    lines += "st.global.b32 [%rd2], %r3;"
+    np.testing.assert_array_equal(run(lines, number=2**32 - 5)[0], 2**32 - 1)
+    np.testing.assert_array_equal(run(lines, number=5)[0], 0)
+
+
 def test_matrices():
     """Each lane of a warp has two half words of 8 × 8: a row is four lanes' bytes, one after the other."""
     lines = """
