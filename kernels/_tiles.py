@@ -16,7 +16,8 @@ def sizes(outer, units, S: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr)
     if WIDE:  # before they are multiplied, here and elsewhere
         outer = tl.cast(outer, tl.int64)
         units = tl.cast(units, tl.int64)
-    return outer * S, units * UNIT
+    C = units * UNIT
+    return outer * S, C
 
 
 @triton.jit
