@@ -14,6 +14,8 @@ class Device(NamedTuple):
     processors: int  # multiprocessors, compute units
     architecture: str  # compute capability, "9.0", or AMD's name, "gfx942"
     here: bool = True  # whether this host has it
+    cache: int | None = None  # bytes of L2, where known
+    bandwidth: int | None = None  # bytes a second of memory, where known
 
     @property
     def capability(self) -> int:

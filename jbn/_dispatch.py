@@ -12,8 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jbn._device import GPUS, INSTALL, gpu
-from jbn._plan import Plan, is_symbolic, size_in_bytes
+from jbn._device import GPUS, INSTALL, Device, gpu
+from jbn._plan import Plan, in_megabytes, is_symbolic, size_in_bytes
 
 
 class Win(NamedTuple):
@@ -39,8 +39,18 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose(name: str, plan: Plan, platform: str, x, *operands, wins: tuple[Win, ...] | None = None) -> Choice:
+def choose(
+    name: str,
+    plan: Plan,
+    platform: str,
+    x,
+    *operands,
+    wins: tuple[Win, ...] | None = None,
+    device: Device | None = None,
+) -> Choice:
     """What piece `name` of the op runs as, on `platform`, for operands of these shapes and dtypes, by a table.
+
+    `device` is the GPU, None for the one that `platform` has here; for one that is not here it is a forecast.
 
     Raises:
       NotImplementedError: kernels are asked for by name and cannot run.
@@ -48,7 +58,7 @@ def choose(name: str, plan: Plan, platform: str, x, *operands, wins: tuple[Win, 
     if plan.implementation == "xla":
         return Choice("xla", "asked for")
     if plan.implementation == "triton":
-        problem = obstacle(name, plan, platform, x, *operands)
+        problem = obstacle(name, plan, platform, x, *operands, device=device)
         if problem is not None:
             raise NotImplementedError(
                 f"implementation='triton' cannot be used: {problem}; implementation='xla', or None, works here too"
@@ -56,14 +66,14 @@ def choose(name: str, plan: Plan, platform: str, x, *operands, wins: tuple[Win, 
         return Choice("triton", "asked for")
     if platform not in GPUS:
         return Choice("xla", f"kernels are for GPUs, and this is compiled for {platform}")
-    win = measured(plan, platform, x, WINS if wins is None else wins)
+    kind = (device or gpu(platform)).kind
+    win = measured(plan, kind, x, WINS if wins is None else wins)
     if win is None:
-        kind = gpu(platform).kind
         return Choice("xla", f"no measurement shows the kernels ahead for {describe(plan, x)} on {kind}")
-    problem = obstacle(name, plan, platform, x, *operands)
+    problem = obstacle(name, plan, platform, x, *operands, device=device)
     if problem is not None:
         return Choice("xla", problem)
-    return Choice("triton", f"measured to win from {win.size} bytes on {win.device} ({win.source})")
+    return Choice("triton", f"measured to win from {in_megabytes(win.size)} on {win.device} ({win.source})")
 
 
 def basis(platform: str, wins: tuple[Win, ...]) -> tuple:
@@ -85,14 +95,16 @@ def may_use_kernels(plan: Plan, x) -> bool:
     return plan.implementation == "triton"
 
 
-def measured(plan: Plan, platform: str, x, wins: tuple[Win, ...]) -> Win | None:
-    """The row of a table that says the kernels win."""
-    kind = gpu(platform).kind
+def measured(plan: Plan, kind: str, x, wins: tuple[Win, ...]) -> Win | None:
+    """The row of a table that says the kernels win on a device of that kind."""
     return next((win for win in wins if kind.startswith(win.device) and _covers(win, plan, x)), None)
 
 
-def obstacle(name: str, plan: Plan, platform: str, x, *operands) -> str | None:
-    """Why the kernels cannot do this, or None if they can."""
+def obstacle(name: str, plan: Plan, platform: str, x, *operands, device: Device | None = None) -> str | None:
+    """Why the kernels cannot do this, or None if they can.
+
+    A forecast, for a `device` that is not here, needs triton alone, and with the rest there is a try at compiling too.
+    """
     if platform not in GPUS:
         return f"the kernels need a GPU, and this is compiled for {platform}"
     for value in (x, *jax.tree.leaves(operands), plan):
@@ -103,18 +115,37 @@ def obstacle(name: str, plan: Plan, platform: str, x, *operands) -> str | None:
         return f"x has the symbolic shape {x.shape}, and kernels are compiled for sizes"
     if x.size == 0:
         return f"x of shape {x.shape} is empty"
-    architecture = gpu(platform).architecture
+    forecast = device is not None and not device.here
+    device = device or gpu(platform)
+    architecture = device.architecture
     if architecture.startswith("gfx"):
         if not architecture.startswith(AMD):
             return f"the GPU is {architecture}, and the kernels are for {', '.join(AMD)}"
-    elif gpu(platform).capability < CAPABILITY:
+    elif device.capability < CAPABILITY:
         return f"the GPU has compute capability {architecture}, and the kernels need {CAPABILITY / 10}"
-    problem = packages(platform)
+    problem = unlaunchable(platform)
     if problem is not None:
-        return problem
+        return without_triton() if forecast else problem
     from jbn import _triton
 
     return _triton.failure(name, plan, platform, x, *operands)
+
+
+def unlaunchable(platform: str) -> str | None:
+    """Why kernels cannot be launched with the packages here."""
+    problem = packages(platform)
+    if problem is None:
+        from jbn import _triton
+
+        problem = _triton.MISSING
+    return problem
+
+
+def without_triton() -> str | None:
+    """Why not even what would be launched can be told."""
+    from jbn import _triton
+
+    return _triton.NO_TRITON
 
 
 @functools.cache
@@ -152,7 +183,7 @@ def layout(plan: Plan, x) -> str:
 
 
 def describe(plan: Plan, x) -> str:
-    return f"{jnp.dtype(x.dtype).name}, channels {layout(plan, x)}, {size_in_bytes(x)} bytes"
+    return f"{jnp.dtype(x.dtype).name}, channels {layout(plan, x)}, {in_megabytes(size_in_bytes(x))}"
 
 
 def _covers(win: Win, plan: Plan, x) -> bool:

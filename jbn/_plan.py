@@ -64,6 +64,11 @@ def size_in_bytes(value) -> int:
     return math.prod(value.shape) * jnp.dtype(value.dtype).itemsize
 
 
+def in_megabytes(count: int) -> str:
+    """Bytes as they are told, of whatever size, exactly: "9.633792 MB", of 10⁶ bytes."""
+    return f"{count / 1e6:.6f}".rstrip("0").rstrip(".") + " MB"
+
+
 def compute_dtype(dtype) -> jnp.dtype:
     """float32, or float64 for float64: what statistics and arithmetic use."""
     return jnp.dtype("float64" if jnp.dtype(dtype) == jnp.float64 else "float32")

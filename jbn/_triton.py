@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jbn._device import INSTALL, gpu
+from jbn._device import INSTALL, Device, gpu
 from jbn._plan import Coefficients, Plan
 
 try:
@@ -21,11 +21,15 @@ try:
     from jbn.kernels.tiling import View
     from jbn.kernels.traffic import traffic
 
-    import jax_triton  # isort: skip  (raises without a GPU's packages; the above need triton alone)
-except ImportError as error:  # without a GPU's packages: `failure` says so
-    _missing: str | None = str(error).split(":")[0]
-else:
-    _missing = None
+    NO_TRITON: str | None = None
+except ImportError as error:
+    NO_TRITON = f"triton cannot be imported ({error}): {INSTALL}"
+try:
+    from jbn._jax_triton import jax_triton
+
+    MISSING: str | None = NO_TRITON
+except ImportError as error:  # without a GPU's packages, but for triton, launches can still be told
+    MISSING = f"jax-triton cannot be imported ({str(error).split(':')[0]}): {INSTALL}"
 
 
 class Runner:
@@ -57,18 +61,17 @@ class Runner:
 class Recorder(Runner):
     """Keeps what would be launched, and runs nothing."""
 
-    def __init__(self, platform: str):
-        super().__init__(platform)
-        self.launches = []
+    def __init__(self, device: Device):
+        self.device, self.launches = device, []
 
     def __call__(self, launch, *arrays):
         self.launches.append(launch)
         return [jnp.zeros(o.shape, o.dtype) for o in launch.outputs]
 
 
-def launches_of(name: str, plan: Plan, platform: str, x, *operands) -> list:
-    """(launch, bytes loaded, bytes stored) of what a piece launches for operands of these shapes."""
-    recorder = Recorder(platform)
+def launches_of(name: str, plan: Plan, device: Device, x, *operands) -> list:
+    """(launch, bytes loaded, bytes stored) of what a piece launches on a device for operands of these shapes."""
+    recorder = Recorder(device)
     outputs = jax.eval_shape(functools.partial(globals()[name], plan, runner=recorder), x, *operands)
     large = {"x": x, "y": outputs[0], "dx": outputs[0], "dz": outputs[-1]}
     if name != "moments":
@@ -84,8 +87,8 @@ def piece(name: str, platform: str):
 
 def failure(name: str, plan: Plan, platform: str, x, *operands) -> str | None:
     """Why a piece cannot be compiled for operands of these shapes, or None if it can."""
-    if _missing is not None:
-        return f"jax-triton cannot be imported ({_missing}): {INSTALL}"
+    if MISSING is not None:
+        return MISSING
     flat, tree = jax.tree.flatten((x, *operands))
     return _failure(name, plan, platform, tree, tuple((v.shape, jnp.dtype(v.dtype)) for v in flat))
 

@@ -1,36 +1,23 @@
 """What would run for a call of batch norm: implementation and reason, kernels, tiles, launches, bytes, collectives."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax import core
-from jax.extend.core import jaxprs_in_params
-from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
-from jbn import _check, _dispatch, _sent
+from jbn import _check, _dispatch, _gpus, _sent, _shares, _traced
 from jbn._collectives import Sync
-from jbn._device import GPUS, default_platform, gpu
-from jbn._partition import full, ways
-from jbn._plan import Plan, compute_dtype, size_in_bytes
+from jbn._device import Device
+from jbn._plan import compute_dtype, in_megabytes, size_in_bytes
 from jbn._sent import Collective
-from jbn._virtual import check_virtual
+from jbn._traced import KernelLaunch as KernelLaunch
+from jbn._virtual import Virtual, check_virtual
 from jbn.functional import Activation, BNParams, BNState, Implementation, bn_eval, bn_train
 
 PASSES = ("forward", "backward", "inference")
-
-
-class KernelLaunch(NamedTuple):
-    """One launch of a kernel, on one device."""
-
-    kernel: str
-    tile: tuple[int, int]  # rows × channels
-    programs: int
-    threads: int  # of a program
-    loaded: int  # bytes
-    stored: int  # bytes
 
 
 class Explanation(NamedTuple):
@@ -40,6 +27,7 @@ class Explanation(NamedTuple):
     reason: str
     platform: str
     device: str
+    gpu: Device | None  # what is known of it; a forecast unless `gpu.here`
     shape: tuple[int, ...]  # of x on one device
     launches: dict[str, tuple[KernelLaunch, ...]]  # empty where XLA chooses its own
     floor: dict[str, int]  # bytes: every launch reads and writes each tensor of x's size once
@@ -49,19 +37,31 @@ class Explanation(NamedTuple):
     def __str__(self) -> str:
         runs = "raises NotImplementedError" if self.implementation is None else self.implementation
         lines = [f"{runs}: {self.reason}", f"x {'×'.join(map(str, self.shape))} on {self.device} ({self.platform})"]
+        if self.gpu is not None:
+            lines.append(_described(self.gpu))
+        lines.append("floor: each launch loads or stores every tensor of x's size that it needs, and the mask, once")
         for name in PASSES:
-            launches = self.launches.get(name, ())
-            total = sum(launch.loaded + launch.stored for launch in launches)
-            over = f", {total / self.floor[name]:.3f} of it asked for" if launches and self.floor[name] else ""
-            lines.append(f"{name}: {len(launches) or 'XLA’s own'} launches, floor {_size(self.floor[name])}{over}")
-            lines += [
-                f"  {k.kernel}: {k.programs} programs of {k.threads} threads, tiles {k.tile[0]} rows × {k.tile[1]} "
-                f"channels, {_size(k.loaded)} loaded, {_size(k.stored)} stored"
-                for k in launches
-            ]
-            sent = self.collectives.get(name, ())
-            lines += [f"  {c.kind}{f' of {_size(c.size)}' if c.size else ''}: {c.what}" for c in sent]
+            lines += self._told(name)
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+    def _told(self, name: str) -> list[str]:
+        """The lines of a pass."""
+        launches, floor = self.launches.get(name, ()), self.floor[name]
+        line = f"{name}: {len(launches) or 'XLA’s own'} launches, floor {in_megabytes(floor)}"
+        if self.gpu is not None and self.gpu.bandwidth is not None:
+            line += f" ({1e6 * floor / self.gpu.bandwidth:.1f} µs at that bandwidth)"
+        if launches and floor:
+            line += f", {sum(launch.loaded + launch.stored for launch in launches) / floor:.3f} of it asked for"
+        found = [
+            f"  {k.kernel}: {k.programs} programs of {k.threads} threads, tiles {k.tile[0]} rows × {k.tile[1]} "
+            f"channels, {in_megabytes(k.loaded)} loaded, {in_megabytes(k.stored)} stored"
+            for k in launches
+        ]
+        sent = [
+            f"  {c.kind}{f' of {in_megabytes(c.size)}' if c.size else ''}: {c.what}"
+            for c in self.collectives.get(name, ())
+        ]
+        return [line, *found, *sent]
 
 
 def explain(
@@ -80,6 +80,7 @@ def explain(
     axis_size: int | None = None,
     implementation: Implementation | None = None,
     platform: str | None = None,
+    device: str | None = None,
 ) -> Explanation:
     """What `bn_train`, its gradient and `bn_eval` run as with these arguments; nothing is computed.
 
@@ -89,33 +90,29 @@ def explain(
       mask, residual: arrays, `jax.ShapeDtypeStruct`s or None. Other options are those of `bn_train`.
       use_scale, use_bias: whether the parameters have them.
       axis_size: members of `axis_name` in all, ≥ 1; None for the number of devices.
-      platform: "cpu", "cuda", "rocm" or "tpu"; None for this host's. For a GPU that is not here it is a forecast, for
-        the device that the answer names.
+      platform: "cpu", "cuda", "rocm" or "tpu"; None for `device`'s, or this host's.
+      device: a GPU by name, such as "NVIDIA H100", of those in `jbn/_gpus.py`; None for this host's, or where it has
+        none of `platform` an H100 or MI300X. For a GPU that is not here the answer is a forecast, for which triton
+        must be installed and nothing else.
 
     Returns:
-      `Explanation`; print it.
+      `Explanation`; print it. Sizes are in bytes, printed in megabytes of 10⁶ bytes.
 
     Raises:
-      TypeError, ValueError: for an argument that `bn_train` would not take, naming it.
+      TypeError, ValueError: for an argument that `bn_train` would not take, naming it, or a `device` that is not known.
     """
-    platform = platform or default_platform()
-    if platform not in ("cpu", "tpu", *GPUS):
-        raise ValueError(f"platform is {platform!r}, expected None, 'cpu', 'cuda', 'rocm' or 'tpu': give one of these")
-    whole = _abstract("x", x)
+    target = _traced.Target(*_gpus.target(platform, device))
+    whole = _shares.abstract("x", x)
     jax.eval_shape(_check.check_input, whole)
     channel = _check.check_axis(axis, whole)
-    parts, gathered = _division(whole)
+    parts, gathered = _shares.division(whole)
     given = {"x": whole, "mask": mask, "residual": residual}
-    x, mask, residual = (None if v is None else _part(_abstract(n, v), whole, parts) for n, v in given.items())
-    if axis_size is not None:
-        remedy = "give the number of members, or leave it out"
-        axis_size = _check.check_positive("axis_size", axis_size, "None or a positive integer", remedy)
-        if axis_name is None:
-            raise ValueError(f"axis_size is {axis_size}, but axis_name is None: name the axis, or leave it out")
-    several = isinstance(axis_name, Sequence) and not isinstance(axis_name, str)
-    names: tuple[Any, ...] = () if axis_name is None else tuple(axis_name) if several else (axis_name,)
+    x, mask, residual = (
+        None if v is None else _shares.part(_shares.abstract(n, v), whole, parts) for n, v in given.items()
+    )
+    axes = _shares.named_axes(axis_name, axis_size)
     virtual, shared = None, False  # virtual batches, by several devices or members
-    if not names:
+    if not axes:
         virtual = check_virtual(virtual_batch_size, whole, channel, Sync())
         virtual_batch_size = None
         if virtual:
@@ -123,52 +120,25 @@ def explain(
             virtual_batch_size = math.gcd(virtual.size, x.shape[virtual.examples])
             split = [n for a, n in enumerate(parts) if a not in (channel, virtual.examples)]
             shared = virtual_batch_size != virtual.size or math.prod(split) > 1
-
     vector: Any = jax.ShapeDtypeStruct((x.shape[channel],), compute_dtype(x.dtype))
     params = BNParams(vector if use_scale else None, vector if use_bias else None)
-    state = BNState(vector, vector)
     options: dict[str, Any] = dict(axis=axis, activation=activation, dtype=dtype, implementation=implementation)
     training: dict[str, Any] = dict(
         virtual_batch_size=virtual_batch_size, axis_name=axis_name, axis_index_groups=axis_index_groups
     )
-    sharing = []
+    passes, sync, by_members = _trace(
+        options, training, axes, channel, params, BNState(vector, vector), x, mask, residual
+    )
 
-    def train(params, state, x, mask, residual):
-        sync = _check.check_names(axis_name, axis_index_groups)
-        sharing.append((sync, check_virtual(virtual_batch_size, x, channel, sync)))
-
-        def f(params, x, residual):
-            return bn_train(params, state, x, mask=mask, residual=residual, **options, **training)
-
-        y, backward, _ = jax.vjp(f, params, x, residual, has_aux=True)
-        return y, backward(y)
-
-    def infer(params, state, x, residual):
-        return bn_eval(params, state, x, residual=residual, **options)
-
-    traced = jax.make_jaxpr(train, axis_env=_axes(names, axis_size))(params, state, x, mask, residual)
-    trained = list(_pieces(traced.jaxpr))
-    pieces = {
-        "forward": [p for p in trained if not p.name.startswith("gradient")],
-        "backward": [p for p in trained if p.name.startswith("gradient")],
-        "inference": list(_pieces(jax.make_jaxpr(infer)(params, state, x, residual).jaxpr)),
-    }
-    chosen, reason, notes = _choice(platform, pieces)
+    chosen, reason, notes = _traced.choice(target, passes)
     if chosen == "triton" and implementation is None:
-        problem = _unsplit(whole, parts, gathered, virtual)
+        problem = _shares.unsplit(whole, parts, gathered, virtual)
         chosen, reason = ("xla", problem) if problem else (chosen, reason)
-    if not isinstance(whole.sharding, NamedSharding | SingleDeviceSharding | None):
-        notes.append(
-            f"x has a {type(whole.sharding).__name__}, expected a NamedSharding: explained as if on one device"
-        )
-    notes += [f"axis {a} of x, {whole.shape[a]} long, is not divided evenly: it is gathered" for a in gathered]
-    if platform in GPUS and not gpu(platform).here:
-        notes.append(f"no such GPU is here: a forecast for one of {gpu(platform).processors} multiprocessors")
+    notes += _notes(target, whole, gathered, size_in_bytes(x))
     one, masked = size_in_bytes(vector), mask is not None
-    if names:
-        ((sync, virtual),) = sharing
-        sent = _sent.by_name(sync, virtual, one, masked)
-        shared = virtual is not None and virtual.members > 1
+    if axes:
+        sent = _sent.by_name(sync, by_members, one, masked)
+        shared = by_members is not None and by_members.members > 1
         if math.prod(parts) > 1:
             notes.append("what devices send for a sharded x besides axis_name is not told")
     else:
@@ -179,136 +149,67 @@ def explain(
     return Explanation(
         chosen,
         reason,
-        platform,
-        gpu(platform).kind if platform in GPUS else platform,
+        target.platform,
+        target.platform if target.device is None else target.device.kind,
+        target.device,
         x.shape,
-        {name: _launches(found, platform) for name, found in pieces.items()} if chosen == "triton" else {},
-        {name: sum(map(_floor, found)) for name, found in pieces.items()},
+        {name: _traced.launches(target, found) for name, found in passes.items()} if chosen == "triton" else {},
+        {name: sum(map(_traced.floor, found)) for name, found in passes.items()},
         sent,
         tuple(notes),
     )
 
 
-class _Piece(NamedTuple):
-    """A piece of the op as the traced program has it; operands and outputs are shapes and dtypes."""
+def _trace(
+    options, training, axes, channel, params, state, x, mask, residual
+) -> tuple[dict[str, list[_traced.Piece]], Sync, Virtual | None]:
+    """The pieces of each pass; who shares statistics, and virtual batches, by the named axes."""
+    sharing = []
 
-    name: str
-    plan: Plan
-    operands: tuple[Any, ...]
-    outputs: list[Any]
+    def train(params, state, x, mask, residual):
+        sync = _check.check_names(training["axis_name"], training["axis_index_groups"])
+        sharing.append((sync, check_virtual(training["virtual_batch_size"], x, channel, sync)))
 
+        def f(params, x, residual):
+            return bn_train(params, state, x, mask=mask, residual=residual, **options, **training)
 
-def _pieces(jaxpr) -> Iterator[_Piece]:
-    """The pieces in a traced program, in order."""
-    for equation in jaxpr.eqns:
-        name = equation.primitive.name.removeprefix("jbn_")
-        if name == "merge":
-            continue  # of vectors
-        if name != equation.primitive.name:
-            operands = jax.tree.unflatten(equation.params["tree"], [v.aval for v in equation.invars])
-            yield _Piece(name, equation.params["plan"], operands, [v.aval for v in equation.outvars])
-        else:
-            for inner in jaxprs_in_params(equation.params):
-                yield from _pieces(inner)
+        y, backward, _ = jax.vjp(f, params, x, residual, has_aux=True)
+        return y, backward(y)
 
+    def infer(params, state, x, residual):
+        return bn_eval(params, state, x, residual=residual, **options)
 
-def _choice(platform: str, passes: dict[str, list[_Piece]]) -> tuple[str | None, str, list[str]]:
-    """The implementation of a call, why, and what else there is to say."""
-    try:
-        choices = [
-            (name, p, _dispatch.choose(p.name, p.plan, platform, *p.operands))
-            for name, pieces in passes.items()
-            for p in pieces
-        ]
-    except NotImplementedError as error:
-        return None, str(error), []
-    notes = []
-    by_kernels = [choice for *_, choice in choices if choice.implementation == "triton"]
-    if by_kernels:
-        notes += [f"{name}: {p.name} by xla: {c.reason}" for name, p, c in choices if c.implementation == "xla"]
-        return by_kernels[0].implementation, by_kernels[0].reason, notes
-    obstacles = (_dispatch.obstacle(p.name, p.plan, platform, *p.operands) for _, p, _ in choices)
-    problem = next(filter(None, obstacles), None)
-    if platform in GPUS:
-        notes.append(f"implementation='triton' would {f'raise: {problem}' if problem else 'run the kernels'}")
-    *_, first = choices[0]
-    return first.implementation, first.reason, notes
+    trained = list(_traced.pieces(jax.make_jaxpr(train, axis_env=axes)(params, state, x, mask, residual).jaxpr))
+    inferred = _traced.pieces(jax.make_jaxpr(infer)(params, state, x, residual).jaxpr)
+    passes = {
+        "forward": [p for p in trained if not p.name.startswith("gradient")],
+        "backward": [p for p in trained if p.name.startswith("gradient")],
+        "inference": list(inferred),
+    }
+    ((sync, virtual),) = sharing
+    return passes, sync, virtual
 
 
-def _unsplit(x, parts: list[int], gathered: list[int], virtual) -> str | None:
-    """Why the default leaves a sharded x to XLA, which cannot split it for a kernel."""
-    for axis in gathered:
-        return f"axis {axis} of x, {x.shape[axis]} long, is not divided evenly, as the default has it for kernels"
-    if virtual is not None and math.prod(parts) > 1 and AxisType.Explicit not in x.sharding.mesh.axis_types:
-        return "XLA alone splits virtual batches over an automatic mesh, and would gather x for a kernel"
-    return None
+def _notes(target: _traced.Target, whole, gathered: list[int], size: int) -> list[str]:
+    """What else there is to say of where x lies, `size` bytes on a device, and of that device."""
+    notes = [f"axis {a} of x, {whole.shape[a]} long, is not divided evenly: it is gathered" for a in gathered]
+    if not isinstance(whole.sharding, NamedSharding | SingleDeviceSharding | None):
+        kind = type(whole.sharding).__name__
+        notes.insert(0, f"x has a {kind}, expected a NamedSharding: explained as if on one device")
+    if target.device is not None:
+        problem = None if target.device.here else _dispatch.unlaunchable(target.platform)
+        if problem is not None:
+            notes.append(f"no kernel can be launched with the packages here: {problem}")
+        if target.device.cache is not None and size <= target.device.cache:
+            notes.append("x fits into L2: what a launch leaves there, the next reads faster than from memory")
+    return notes
 
 
-def _launches(pieces: list[_Piece], platform: str) -> tuple[KernelLaunch, ...]:
-    from jbn import _triton
-
-    found = []
-    for p in pieces:
-        if _dispatch.choose(p.name, p.plan, platform, *p.operands).implementation != "triton":
-            continue
-        for launch, loaded, stored in _triton.launches_of(p.name, p.plan, platform, *p.operands):
-            tile, threads = (launch.tiling.ROWS, launch.tiling.CHANNELS), 32 * launch.tiling.warps
-            found.append(KernelLaunch(launch.kernel.__name__, tile, launch.programs, threads, loaded, stored))
-    return tuple(found)
-
-
-def _floor(piece: _Piece) -> int:
-    """Bytes when every tensor of x's size, and the mask at its own, is read or written once."""
-    name, plan, operands, outputs = piece
-    x = operands[0]
-    tensors = [v for v in (*jax.tree.leaves(operands), *outputs) if v.ndim == x.ndim]
-    if name == "apply":
-        tensors = [v for v in tensors if v.dtype != bool]  # every position is normalised
-    elif name == "gradient_input" and plan.activation is None:
-        _, _, residual, mask, *_ = operands
-        # ȳ is the residual's cotangent as it is; with statistics given x̄ is ȳ scaled
-        unread = [residual, residual] if residual is not None else []
-        unread += [] if plan.centred else [x, *([] if mask is None else [mask])]
-        return sum(map(size_in_bytes, tensors)) - sum(map(size_in_bytes, unread))
-    elif name == "gradient_sums" and plan.activation is None and operands[2] is not None:
-        tensors.remove(operands[2])
-    return sum(map(size_in_bytes, tensors))
-
-
-def _axes(names: tuple[str, ...], size: int | None) -> list[tuple[str, int]]:
-    """The named axes with sizes; how `size` is spread over several does not matter."""
-    if not names:
-        return []
-    return [(names[0], jax.device_count() if size is None else size), *((name, 1) for name in names[1:])]
-
-
-def _division(x) -> tuple[list[int], list[int]]:
-    """How many parts each axis of x has, and the axes that are gathered since theirs would be uneven."""
-    sharding = x.sharding
-    if not isinstance(sharding, NamedSharding):
-        return [1] * x.ndim, []
-    asked = [ways(sharding.mesh, entry) for entry in full(sharding.spec, x.ndim)]
-    even = [w if n % w == 0 else 1 for n, w in zip(x.shape, asked, strict=True)]
-    return even, [a for a, (w, n) in enumerate(zip(asked, even, strict=True)) if w != n]
-
-
-def _abstract(name, value) -> jax.ShapeDtypeStruct:
-    """Shape, dtype and sharding."""
-    if not (hasattr(value, "shape") and hasattr(value, "dtype")):
-        raise TypeError(f"{name} is a {type(value).__name__}, expected an array or a jax.ShapeDtypeStruct: make it one")
-    traced = isinstance(value, core.Tracer)
-    sharding = jax.typeof(value).sharding if traced else getattr(value, "sharding", None)
-    dtype = jax.dtypes.canonicalize_dtype(value.dtype)
-    return jax.ShapeDtypeStruct(value.shape, dtype, sharding=sharding)
-
-
-def _part(value, whole, parts: list[int]) -> jax.ShapeDtypeStruct:
-    """One device's part of an array that lies like x."""
-    if len(value.shape) != len(whole.shape):
-        return value  # which `bn_train` refuses, with the reason
-    shape = [n // p if n == size else n for n, size, p in zip(value.shape, whole.shape, parts, strict=True)]
-    return jax.ShapeDtypeStruct(tuple(shape), value.dtype)
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:.3f} MB" if count >= 1e4 else f"{count} bytes"
+def _described(gpu: Device) -> str:
+    """What is known of a GPU, and whether it is here."""
+    known = [f"{gpu.processors} {'compute units' if gpu.capability == 0 else 'multiprocessors'}"]
+    if gpu.cache is not None:
+        known.append(f"L2 of {in_megabytes(gpu.cache)}")
+    if gpu.bandwidth is not None:
+        known.append(f"memory at {in_megabytes(gpu.bandwidth)}/s")
+    return f"{'this host’s' if gpu.here else 'a forecast, as no such GPU is here'}: {', '.join(known)}"

@@ -2,7 +2,8 @@
 
 x is `(B, N, C, S)`, row-major; a channel has M = N·S rows. With S = 1 a tile is rows × channels, else channels × rows,
 so that its last axis runs along memory. C comes as `units` of UNIT channels, by which the compiler knows what divides
-it. Of a kernel's constants, S is the view's, ROWS and CHANNELS are the tile's, WIDE asks for 64-bit offsets.
+it. Of a kernel's constants, S is the view's, ROWS and CHANNELS are the tile's, WIDE asks for 64 bits: of `sizes`,
+and so of all that is computed with them, positions and offsets among it.
 """
 
 import triton
@@ -10,21 +11,27 @@ import triton.language as tl
 
 
 @triton.jit
-def program(pid, splits, C, CHANNELS: tl.constexpr, WIDE: tl.constexpr):
-    """(batch, split, block of channels) of a program; neighbours read neighbouring channels."""
+def sizes(outer, units, S: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr):
+    """(rows, C) of a batch."""
+    if WIDE:  # before they are multiplied, here and elsewhere
+        outer = tl.cast(outer, tl.int64)
+        units = tl.cast(units, tl.int64)
+    C = units * UNIT
+    return outer * S, C
+
+
+@triton.jit
+def program(pid, splits, C, CHANNELS: tl.constexpr):
+    """(batch, split, block of channels) of a program, as wide as C; neighbours read neighbouring channels."""
     blocks = tl.cdiv(C, CHANNELS)
     batch = pid // (splits * blocks)
     rest = pid - batch * (splits * blocks)
-    if WIDE:
-        batch = batch.to(tl.int64)
     return batch, rest // blocks, rest % blocks
 
 
 @triton.jit
-def rows_of(tile, ROWS: tl.constexpr, WIDE: tl.constexpr):
+def rows_of(tile, ROWS: tl.constexpr):
     """Indices of a tile's rows, (ROWS,)."""
-    if WIDE:
-        tile = tile.to(tl.int64)
     return tile * ROWS + tl.arange(0, ROWS)
 
 
@@ -53,10 +60,8 @@ def along_channels(values, S: tl.constexpr):
 
 
 @triton.jit
-def offsets_of(row, channel, C, S: tl.constexpr, WIDE: tl.constexpr):
+def offsets_of(row, channel, C, S: tl.constexpr):
     """Where a tile's elements lie within their batch."""
-    if WIDE:
-        channel = channel.to(tl.int64)
     if S == 1:
         return row[:, None] * C + channel[None, :]
     else:
@@ -64,10 +69,10 @@ def offsets_of(row, channel, C, S: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def place(tile, channel, rows, C, S: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr):
+def place(tile, channel, rows, C, S: tl.constexpr, ROWS: tl.constexpr):
     """(rows, offsets within the batch, which of these exist) of a tile."""
-    row = rows_of(tile, ROWS, WIDE)
-    return row, offsets_of(row, channel, C, S, WIDE), along_rows(row < rows, S) & along_channels(channel < C, S)
+    row = rows_of(tile, ROWS)
+    return row, offsets_of(row, channel, C, S), along_rows(row < rows, S) & along_channels(channel < C, S)
 
 
 @triton.jit

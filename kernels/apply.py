@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from jbn.kernels._tiles import along_channels, channels_of, load, load_map, place, program
+from jbn.kernels._tiles import along_channels, channels_of, load, load_map, place, program, sizes
 from jbn.kernels.activations import activate
 
 
@@ -35,9 +35,8 @@ def jbn_apply(
 
     Tiles go in the reverse order of the first launch's, so what that read last, still in L2, is read first.
     """
-    C = units * UNIT
-    rows = outer * S
-    batch, split, block = program(tl.num_programs(0) - 1 - tl.program_id(0), splits, C, CHANNELS, WIDE)
+    rows, C = sizes(outer, units, S, UNIT, WIDE)
+    batch, split, block = program(tl.num_programs(0) - 1 - tl.program_id(0), splits, C, CHANNELS)
     channel = channels_of(block, CHANNELS)
     start = batch.to(tl.int64) * rows * C
     mean, _, slope, bias = load_map(
@@ -45,7 +44,7 @@ def jbn_apply(
     )
     steps = tl.cdiv(tl.cdiv(rows, ROWS) - split, splits).to(tl.int32)
     for step in range(steps):
-        _row, offset, inside = place(split + (steps - 1 - step) * splits, channel, rows, C, S, ROWS, WIDE)
+        _row, offset, inside = place(split + (steps - 1 - step) * splits, channel, rows, C, S, ROWS)
         x = load(x_ptr + start, offset, inside)
         z = (x - along_channels(mean, S)) * along_channels(slope, S) + along_channels(bias, S)
         if HAS_RESIDUAL:

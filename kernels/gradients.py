@@ -14,6 +14,7 @@ from jbn.kernels._tiles import (
     load_seen,
     place,
     program,
+    sizes,
 )
 from jbn.kernels.activations import slope as slope_of
 
@@ -22,14 +23,14 @@ from jbn.kernels.activations import slope as slope_of
 def load_cotangent(
     tile, x_ptr, residual_ptr, mask_ptr, dy_ptr, mean, slope, bias, channel, rows, C, mask_divisor, mask_period,
     S: tl.constexpr, ROWS: tl.constexpr, CENTRED: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    ACTIVATION: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """(z̄, x − mean, offsets, what is inside, what the mask has) of a tile; pointers are at the batch.
 
     What is masked and not finite reaches no derivative: x − mean and residual count as 0 there, and so does a ȳ that is
     not finite where x is not, the 0 · NaN of a loss that masks y after squaring it. x is read where it is needed.
     """
-    row, offset, inside = place(tile, channel, rows, C, S, ROWS, WIDE)
+    row, offset, inside = place(tile, channel, rows, C, S, ROWS)
     seen = load_seen(mask_ptr, row, rows, offset, inside, mask_divisor, mask_period, S, MASK)
     dz = load(dy_ptr, offset, inside)
     centred = dz
@@ -90,9 +91,8 @@ def jbn_gradient_sums(
     WIDE: tl.constexpr,
 ):
     """Σ z̄ and Σ z̄ · x̂ over the rows of each channel."""
-    C = units * UNIT
-    rows = outer * S
-    batch, split, block = program(tl.program_id(0), splits, C, CHANNELS, WIDE)
+    rows, C = sizes(outer, units, S, UNIT, WIDE)
+    batch, split, block = program(tl.program_id(0), splits, C, CHANNELS)
     channel = channels_of(block, CHANNELS)
     start = batch.to(tl.int64) * rows * C
     if not SHARED:
@@ -107,7 +107,7 @@ def jbn_gradient_sums(
     for step in tl.range(steps, loop_unroll_factor=UNROLL):
         dz, centred, offset, inside, _seen = load_cotangent(
             split + step * splits, x_ptr + start, residual_ptr + start, mask_ptr, dy_ptr + start, mean, slope, bias,
-            channel, rows, C, mask_divisor, mask_period, S, ROWS, True, HAS_RESIDUAL, ACTIVATION, MASK, WIDE,
+            channel, rows, C, mask_divisor, mask_period, S, ROWS, True, HAS_RESIDUAL, ACTIVATION, MASK,
         )  # fmt: skip
         if KEEP:
             tl.store(dz_ptr + start + offset, dz.to(dz_ptr.dtype.element_ty), mask=inside)
@@ -189,9 +189,8 @@ def jbn_gradient_input(
     WIDE: tl.constexpr,
 ):
     """x̄ = scale · rstd · (z̄ − [mask] · (Σz̄ + x̂ · Σz̄x̂) / count), walking tiles in the reverse order of the sums."""
-    C = units * UNIT
-    rows = outer * S
-    batch, split, block = program(tl.num_programs(0) - 1 - tl.program_id(0), splits, C, CHANNELS, WIDE)
+    rows, C = sizes(outer, units, S, UNIT, WIDE)
+    batch, split, block = program(tl.num_programs(0) - 1 - tl.program_id(0), splits, C, CHANNELS)
     channel = channels_of(block, CHANNELS)
     start = batch.to(tl.int64) * rows * C
     if not SHARED:
@@ -211,7 +210,7 @@ def jbn_gradient_input(
         dx, centred, offset, inside, seen = load_cotangent(
             split + (steps - 1 - step) * splits, x_ptr + start, residual_ptr + start, mask_ptr, dy_ptr + start,
             mean, slope, bias, channel, rows, C, mask_divisor, mask_period,
-            S, ROWS, CENTRED, HAS_RESIDUAL, ACTIVATION, MASK, WIDE,
+            S, ROWS, CENTRED, HAS_RESIDUAL, ACTIVATION, MASK,
         )  # fmt: skip
         if KEEP:
             tl.store(dz_ptr + start + offset, dx.to(dz_ptr.dtype.element_ty), mask=inside)

@@ -179,9 +179,11 @@ def _masking(mask: Mask | None) -> dict[str, Any]:
 
 
 def _scratch(view: View, tiling: Tiling, fields: int) -> tuple[Output, Output]:
-    """What programs hand to the last of them, and how many have."""
+    """What programs hand to the last of them, and how many have; the former is read with 32-bit offsets."""
     if tiling.splits == 1:
         return ABSENT, ABSENT
+    if tiling.splits * fields * view.channels >= 2**31:  # never by `choose`, for x below 500 GB
+        raise ValueError(f"{tiling} has {tiling.splits} programs for {view.channels} channels: give it fewer")
     return (
         Output((view.batch, tiling.splits, fields, view.channels), "float32"),
         Output((view.batch, tiling.blocks(view)), "int32", zeroed=True),

@@ -8,7 +8,7 @@ last program to arrive at a block of channels merges what all of them wrote. A c
 import triton
 import triton.language as tl
 
-from jbn.kernels._tiles import along_rows, arrived_last, channels_of, load, load_seen, place, program, rows_of
+from jbn.kernels._tiles import along_rows, arrived_last, channels_of, load, load_seen, place, program, rows_of, sizes
 
 
 @triton.jit
@@ -37,6 +37,7 @@ def merge_programs(
     """
     FIELDS: tl.constexpr = 3 if MASKED else 2
     inside = channel < C
+    C = tl.cast(C, tl.int32)  # enough here, as `launches` sees to it, and spares registers
     partial_ptr += channel
     # loads go past L1 (.cg), which is not coherent with other multiprocessors
     if MASKED:
@@ -106,9 +107,8 @@ def jbn_moments(
     WIDE: tl.constexpr,
 ):
     """count = Σ mask, mean = Σ x / count, m2 = Σ (x − mean)² over the rows of each channel that the mask has."""
-    C = units * UNIT
-    rows = outer * S
-    batch, split, block = program(tl.program_id(0), splits, C, CHANNELS, WIDE)
+    rows, C = sizes(outer, units, S, UNIT, WIDE)
+    batch, split, block = program(tl.program_id(0), splits, C, CHANNELS)
     channel = channels_of(block, CHANNELS)
     x_ptr += batch.to(tl.int64) * rows * C
     if not SHARED:
@@ -124,7 +124,7 @@ def jbn_moments(
     steps = tl.cdiv(tiles - split, splits).to(tl.int32)
     share = 1.0  # of a lane's next value in its mean; a GPU's 1 / 1 may be off by a bit
     for step in tl.range(steps, loop_unroll_factor=UNROLL):
-        row, offset, inside = place(split + step * splits, channel, rows, C, S, ROWS, WIDE)
+        row, offset, inside = place(split + step * splits, channel, rows, C, S, ROWS)
         x = load(x_ptr, offset, inside)
         if MASK != "none":
             seen = load_seen(mask_ptr, row, rows, offset, inside, mask_divisor, mask_period, S, MASK)
@@ -140,7 +140,7 @@ def jbn_moments(
             share = 1.0 / (step + 2)
         m2 += delta * (x - mean)
     if MASK == "none":
-        last = rows_of(split + (steps - 1) * splits, ROWS, WIDE)
+        last = rows_of(split + (steps - 1) * splits, ROWS)
         count += along_rows(steps - (last >= rows).to(tl.int32), S).to(tl.float32)
     if MASK != "full":
         count = tl.broadcast_to(count, mean.shape)

@@ -26,7 +26,7 @@ ON_GPU = bool(os.environ.get("JBN_TEST_GPU"))
 @contextmanager
 def gpu():
     """Kernels run in here: with JBN_TEST_GPU=1 on a GPU, elsewhere as `installed` has it. Without jax-triton skips."""
-    pytest.importorskip("jax_triton", reason="jax-triton is not installed", exc_type=ImportError)
+    pytest.importorskip("jbn._jax_triton", reason="jax-triton is not installed", exc_type=ImportError)
     if ON_GPU:
         yield None
     else:
@@ -37,7 +37,7 @@ def gpu():
 @contextmanager
 def installed():
     """Kernels run in here wherever jax compiles for the CPU; yields the list of their calls, as they are compiled."""
-    import jax_triton
+    from jbn._jax_triton import jax_triton
 
     calls = []
 

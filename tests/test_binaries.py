@@ -105,7 +105,7 @@ def _kernel(config: str) -> str:
 @pytest.mark.parametrize("shape, channel", [((4, 8, 8, 64), 3), ((4, 64, 8, 8), 1)])
 def test_lowering(shape, channel):
     """Two launches forward, two backward, one for inference; x itself goes in, reshaped outputs come out."""
-    pytest.importorskip("jax_triton", reason="jax-triton or jax's GPU plugin is not installed", exc_type=ImportError)
+    pytest.importorskip("jbn._jax_triton", reason="jax-triton is not installed", exc_type=ImportError)
     from jbn import _triton
     from jbn._collectives import Sync
     from jbn._plan import Coefficients, Plan
@@ -140,7 +140,7 @@ def test_lowering(shape, channel):
 
 def test_resnet_step(monkeypatch):
     """ResNet-50's step lowers to two launches forward and two backward a norm, on x as the convolutions left it."""
-    pytest.importorskip("jax_triton", reason="jax-triton is not installed", exc_type=ImportError)
+    pytest.importorskip("jbn._jax_triton", reason="jax-triton is not installed", exc_type=ImportError)
     from jax_triton import triton_lib
 
     def uncompiled(module, *_):  # what kernels compile to is looked at above

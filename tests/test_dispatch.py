@@ -41,7 +41,7 @@ def train(implementation, **options):
 @pytest.fixture
 def on_cuda():
     try:
-        import jax_triton  # noqa: F401
+        import jbn._jax_triton  # noqa: F401
     except Exception as error:
         pytest.skip(f"jax-triton cannot be imported here: {error}")
 
@@ -89,7 +89,7 @@ def measured(monkeypatch):
 def test_default_takes_kernels_where_they_were_measured_to_win(on_cuda, measured):
     assert kernels(train(None), PARAMS, X, X) == 4
     assert kernels(train("xla"), PARAMS, X, X) == 0
-    assert jbn.explain(X, platform="cuda").reason == "measured to win from 50000 bytes on NVIDIA H100 (results.json)"
+    assert jbn.explain(X, platform="cuda").reason == "measured to win from 0.05 MB on NVIDIA H100 (results.json)"
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_default_is_xla_beside_the_table(measured, x, options):
     told = jbn.explain(x, platform="cuda", **options)
     assert told.implementation == "xla"
     assert told.reason.startswith("no measurement shows the kernels ahead for ")
-    assert told.reason.endswith(f"{x.nbytes} bytes on NVIDIA H100")
+    assert told.reason.endswith(f"{x.nbytes / 1e6} MB on NVIDIA H100")
 
 
 def test_default_on_another_gpu_is_xla(measured, monkeypatch):

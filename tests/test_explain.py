@@ -1,5 +1,9 @@
 """What `explain` says, against what is compiled, counted and refused."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -9,15 +13,19 @@ from jax.sharding import PartitionSpec as P
 from test_communication import collectives
 
 import jbn
+from jbn import _gpus
+from jbn._device import Device
 
+ROOT = Path(__file__).parent.parent
 X = jax.ShapeDtypeStruct((8, 56, 56, 64), jnp.bfloat16)
 BYTES = 8 * 56 * 56 * 64 * 2
+LARGE = jax.ShapeDtypeStruct((256, 56, 56, 256), jnp.bfloat16)
 MASK = jax.ShapeDtypeStruct((8, 1, 1, 1), bool)
 
 
 @pytest.fixture(scope="module")
 def triton():
-    pytest.importorskip("jax_triton", reason="jax-triton is not installed", exc_type=ImportError)
+    pytest.importorskip("jbn._jax_triton", reason="jax-triton is not installed", exc_type=ImportError)
 
 
 def test_xla_on_this_host():
@@ -25,7 +33,8 @@ def test_xla_on_this_host():
     assert told.implementation == "xla"
     assert told.reason == "kernels are for GPUs, and this is compiled for cpu"
     assert told.launches == {} and told.collectives == {}
-    assert "forward: XLA’s own launches, floor 216 bytes" in str(told)
+    assert "forward: XLA’s own launches, floor 0.000216 MB\n" in str(told)
+    assert told.gpu is None and "forecast" not in str(told)
 
 
 FLOORS = {  # DESIGN's table: passes over x forward, backward, in inference
@@ -50,9 +59,80 @@ def test_floor_and_launches(triton, name):
         assert len(told.launches[key]) == (1 if key == "inference" else 2)
     kernels = [k.kernel for k in told.launches["forward"] + told.launches["backward"]]
     assert kernels == ["jbn_moments", "jbn_apply", "jbn_gradient_sums", "jbn_gradient_input"]
+    lines = str(told).splitlines()
+    assert lines[:3] == [
+        "triton: asked for",
+        "x 8×56×56×64 on NVIDIA H100 (cuda)",
+        "a forecast, as no such GPU is here: 132 multiprocessors, L2 of 52.4288 MB, memory at 3350000 MB/s",
+    ]
+    assert lines[3].startswith("floor: each launch loads or stores every tensor of x's size")
+    floor = passes[0] * BYTES / 1e6
+    time = f"({floor / 3.35:.1f} µs at that bandwidth)"
+    assert lines[4].startswith(f"forward: 2 launches, floor {floor:.6f} MB {time}, 1.0")
+
+
+@pytest.mark.parametrize("name", ["NVIDIA H200", "NVIDIA H100 PCIe", "NVIDIA L4", "AMD Instinct MI300X"])
+def test_forecast(triton, name):
+    """For a GPU by name: as many programs as it holds at once, and times by its memory."""
+    told = jbn.explain(LARGE, device=name, implementation="triton")
+    assert (told.device, told.implementation, told.gpu.here) == (name, "triton", False)
+    assert told.platform == ("rocm" if name.startswith("AMD") else "cuda")
+    moments, apply = told.launches["forward"]
+    assert 0.8 <= moments.programs / (3 * told.gpu.processors) <= 1
+    assert 0.8 <= apply.programs / (3 * told.gpu.processors) <= 1
     text = str(told)
-    assert text.startswith("triton: asked for\nx 8×56×56×64 on NVIDIA H100 (cuda)\nforward: 2 launches, floor ")
-    assert "a forecast for one of 132 multiprocessors" in text
+    assert f"a forecast, as no such GPU is here: {told.gpu.processors} " in text
+    assert f"({1e6 * told.floor['backward'] / told.gpu.bandwidth:.1f} µs at that bandwidth)" in text
+    assert "x fits into L2" not in text
+
+
+def test_forecast_with_triton_alone():
+    """jax-triton is not installed, and there is no GPU: what would be launched is told all the same."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    code = """
+import importlib.metadata, sys
+sys.modules["jax_triton"] = None
+version = importlib.metadata.version
+
+def without(name):
+    if name == "jax-triton":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return version(name)
+
+importlib.metadata.version = without
+import jax, jbn
+x = jax.ShapeDtypeStruct((8, 56, 56, 64), jax.numpy.bfloat16)
+print(jbn.explain(x, platform="cuda", implementation="triton", activation="relu"))
+print(jbn.explain(x, device="NVIDIA L40S", activation="relu"))
+"""
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    first, second = out.split("xla: ")
+    assert first.startswith("triton: asked for\nx 8×56×56×64 on NVIDIA H100 (cuda)\na forecast, ")
+    for kernel in ("moments", "apply", "gradient_sums", "gradient_input"):
+        assert f"jbn_{kernel}: " in first
+    assert "note: no kernel can be launched with the packages here: jax-triton is not installed: pip install" in first
+    assert second.startswith(
+        "no measurement shows the kernels ahead for bfloat16, channels last, 3.211264 MB on NVIDIA L40S"
+    )
+    assert "142 multiprocessors" in second and "note: implementation='triton' would run the kernels" in second
+
+
+def test_names_of_gpus():
+    """As jax has them; in whole words."""
+    wanted = {"NVIDIA H100 80GB HBM3": "NVIDIA H100", "AMD Instinct MI300X VF": "AMD Instinct MI300X"}
+    wanted |= {row.kind: row.kind for row in _gpus.KNOWN}
+    assert {name: _gpus.find(name).kind for name in wanted} == wanted
+    assert _gpus.find("NVIDIA A100-SXM4-40GB").bandwidth < _gpus.find("NVIDIA A100-SXM4-80GB").bandwidth
+    assert _gpus.find("NVIDIA H1000") is None and _gpus.find("NVIDIA") is None
+
+
+def test_a_gpu_that_is_here_is_no_forecast(monkeypatch):
+    here = Device("NVIDIA H200 NVL", 132, "9.0")
+    monkeypatch.setattr(_gpus, "gpu", lambda _: here)
+    for told in (jbn.explain(X, platform="cuda"), jbn.explain(X, device="NVIDIA H200")):
+        assert told.gpu == here._replace(cache=52428800, bandwidth=4800 * 10**9)
+        assert "\nthis host’s: 132 multiprocessors" in str(told) and "forecast" not in str(told)
+    assert not jbn.explain(X, device="NVIDIA H100").gpu.here
 
 
 def test_rows_of_a_mask_are_read_at_their_own_size():
@@ -63,7 +143,7 @@ def test_rows_of_a_mask_are_read_at_their_own_size():
 def test_default_on_a_gpu_is_xla_as_nothing_is_measured():
     told = jbn.explain(X, platform="cuda")
     assert told.implementation == "xla"
-    assert told.reason.startswith("no measurement shows the kernels ahead for bfloat16, channels last, 3211264 bytes")
+    assert told.reason.startswith("no measurement shows the kernels ahead for bfloat16, channels last, 3.211264 MB")
     assert told.notes[0].startswith("implementation='triton' would ")
 
 
@@ -169,6 +249,10 @@ def test_another_sharding_is_not_taken_for_none(devices):
 def test_bad_arguments():
     with pytest.raises(ValueError, match="platform is 'gpu', expected None, 'cpu', 'cuda', 'rocm' or 'tpu'"):
         jbn.explain(X, platform="gpu")
+    with pytest.raises(ValueError, match="device is 'NVIDIA A10', expected None or a GPU of which facts are known"):
+        jbn.explain(X, device="NVIDIA A10")
+    with pytest.raises(ValueError, match="platform is 'rocm', but device is 'NVIDIA L4', for 'cuda': leave one"):
+        jbn.explain(X, platform="rocm", device="NVIDIA L4")
     with pytest.raises(ValueError, match="axis is 4, out of range"):
         jbn.explain(X, axis=4)
     with pytest.raises(TypeError, match="x has dtype int32, expected one of"):

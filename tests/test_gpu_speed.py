@@ -148,6 +148,17 @@ def test_layers_wait_for_one_another():
     assert text.count("optimization_barrier") == 3
 
 
+def test_numbers_are_drawn_by_one_program(monkeypatch):
+    """Whatever the seed: tracing runs Python once for each program that is compiled."""
+    seeds = []
+    draw = candidates.draw
+    monkeypatch.setattr(candidates, "draw", lambda task, seed: seeds.append(seed) or draw(task, seed))
+    steps, _, _ = candidates.prepare("copy", TINY, 3)
+    assert len(seeds) == 1
+    for i, y in enumerate(steps["forward"]()):
+        np.testing.assert_allclose(y, -draw(TINY, i), atol=1e-5)
+
+
 def test_links_fill_the_cache():
     assert [timing.links(size) for size in (1000, 10**8, 10**9)] == [8, 3, 1]
 

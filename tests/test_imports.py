@@ -4,6 +4,7 @@ import ast
 import graphlib
 import importlib.util
 import inspect
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -87,7 +88,8 @@ def test_no_cycles():
             {"jbn.linen", "jbn.nnx", "jbn._flax", "experiments"}
             | {f"jbn._{what}_{kind}" for what in ("recalibrate", "fold") for kind in ("linen", "nnx")},
         ),
-        ("jax_triton", {"jbn._triton"}),
+        ("jax_triton", {"jbn._jax_triton"}),
+        ("jbn._jax_triton", {"jbn._triton"}),
         ("jbn.kernels", {"jbn._triton", "jbn.kernels", "experiments.binaries"}),
         ("triton", {"jbn._triton", "jbn.kernels"}),
         ("jax._src", {"jbn._op", "jbn._primitive"}),
@@ -118,6 +120,40 @@ def test_the_base_import_is_light():
     code = "import sys, jbn; print(*{m.split('.')[0] for m in sys.modules} & {'flax', 'triton', 'jax_triton', 'optax'})"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == ""
+
+
+def test_what_jax_triton_does_to_the_environment_is_undone():
+    """It empties TRITON_CACHE_DIR, after which Triton's own launcher finds no place for what it compiles."""
+    pytest.importorskip("jbn._jax_triton", reason="jax-triton is not installed", exc_type=ImportError)
+    code = "import os, plugin; plugin.install(); import jbn._jax_triton; print(os.getenv('TRITON_CACHE_DIR'))"
+    for kept in (None, "/somewhere"):
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_CACHE_DIR"}
+        environment |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"} | ({} if kept is None else {"TRITON_CACHE_DIR": kept})
+        out = subprocess.run(
+            [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        assert out.stdout.strip() == str(kept)
+
+
+def test_the_tests_of_the_kernels_start_no_jax():
+    """Which takes minutes under compute-sanitizer. As on a GPU, but that the interpreter stands in for it."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    code = """
+import device, interpreter, pytest
+
+def run(launch, arrays, outputs):
+    interpreter.run(launch.kernel, launch.programs, *arrays, *launch.numbers, *outputs, **launch.constants)
+
+device.run = run
+pytest.main(["-p", "no:cacheprovider", "tests/test_kernels.py", "-k", "test_not_finite"])
+from jax._src import xla_bridge
+print("started" if xla_bridge.backends_are_initialized() else "not started")
+"""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JBN_TEST_GPU": "1"}
+    out = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "1 passed" in out.stdout and out.stdout.splitlines()[-1] == "not started", out.stdout
 
 
 def test_surface():

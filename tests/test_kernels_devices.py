@@ -21,7 +21,7 @@ import jbn
 from jbn import _dispatch, _xla
 
 pytest.importorskip("triton", reason="Triton is not installed")
-pytest.importorskip("jax_triton", reason="jax-triton is not installed", exc_type=Exception)
+pytest.importorskip("jbn._jax_triton", reason="jax-triton is not installed", exc_type=Exception)
 
 from interpreter import run
 

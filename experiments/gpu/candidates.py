@@ -22,7 +22,7 @@ NAMES = (*IMPLEMENTATIONS, "flax.linen", "copy")
 
 def prepare(name: str, task: Task, count: int) -> Prepared:
     """Steps of `count` layers."""
-    make = jax.jit(functools.partial(draw, task), static_argnums=0)
+    make = jax.jit(functools.partial(draw, task))  # once for all seeds
     if name == "copy":
         copy, xs = jax.jit(lambda xs: [-x for x in xs]), [make(i) for i in range(count)]
         return {"forward": lambda: copy(xs)}, jax.block_until_ready, []
@@ -113,17 +113,17 @@ def flax_layer(_: str, task: Task, state: Any, scale: Any, bias: Any, x: Any, re
     return y, (updates["batch_stats"]["mean"], updates["batch_stats"]["var"])
 
 
-def draw(task: Task, seed: int) -> jax.Array:
+def draw(task: Task, seed: Any) -> jax.Array:
     """x and the like: of mean 1 and deviation 2."""
     return (1 + 2 * noise(task.shape, seed)).astype(task.dtype)
 
 
-def noise(shape: tuple[int, ...], seed: int) -> jax.Array:
+def noise(shape: tuple[int, ...], seed: Any) -> jax.Array:
     """Uniform numbers of mean 0 and deviation 1, by a hash that PyTorch's candidate computes too (Knuth 6.4)."""
     count = 1
     for n in shape:
         count *= n
-    bits = (lax.iota(jnp.uint32, count) + jnp.uint32(seed * 7919)) * jnp.uint32(2654435761)
+    bits = (lax.iota(jnp.uint32, count) + jnp.uint32(seed) * jnp.uint32(7919)) * jnp.uint32(2654435761)
     bits = (bits ^ (bits >> 15)) * jnp.uint32(2246822519)
     return (((bits >> 8).astype(jnp.float32) / 2**24 - 0.5) * 12**0.5).reshape(shape)
 
