@@ -9,8 +9,8 @@ import time
 import traceback
 from pathlib import Path
 
-from experiments import catalog
-from experiments.record import MissingPackage, Options, Results
+from experiments.framework import catalog
+from experiments.framework.record import MissingPackage, Options, Results
 
 MAIN_JOB = "digits"
 COMMANDS = {
@@ -81,7 +81,7 @@ def execute(name: str, entry: catalog.Entry, options: Options) -> int:
     import jax
     from rich.console import Console
 
-    from experiments.study import optimizing
+    from experiments.framework.study import optimizing
 
     results = Results(name)
     try:
@@ -109,7 +109,7 @@ def investigate(name: str, entry: catalog.Entry, options: Options) -> int:
     experiment = catalog.load(entry)
     from rich.console import Console
 
-    from experiments import study
+    from experiments.framework import study
 
     results = Results(name)
     try:
@@ -150,7 +150,7 @@ def investigate_all(entries: Entries, options: Options) -> int:
 
 def report(out: Path) -> int:
     """Writes the report on the results in a folder; returns the exit status."""
-    from experiments.report import NothingToReport, write
+    from experiments.framework.report import NothingToReport, write
 
     try:
         print(f"wrote {', '.join(map(str, write(out)))}")

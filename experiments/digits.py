@@ -13,12 +13,12 @@ import numpy as np
 import optax
 from jax import Array
 
-from experiments.data import Split
-from experiments.data.digits import load_digits
-from experiments.models import NORMS, DigitsCNN
-from experiments.plots import BLUE, DASHES, GAP, GREY, NORM_COLORS, VERMILION, band, pyplot
-from experiments.record import Options, Results, progress
-from experiments.train import History, Schedule, train, wait
+from experiments.framework.plots import BLUE, DASHES, GAP, GREY, NORM_COLORS, VERMILION, band, pyplot
+from experiments.framework.record import Options, Results, progress
+from experiments.material.data import Split
+from experiments.material.data.digits import load_digits
+from experiments.material.models import NORMS, DigitsCNN
+from experiments.material.train import History, Schedule, train, wait
 
 NETWORKS = {name: DigitsCNN(norm) for name, norm in NORMS.items()}
 LEARNING_RATES = (0.03, 0.1, 0.3, 1.0, 3.0)

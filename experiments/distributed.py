@@ -28,12 +28,12 @@ from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments.data import Split
-from experiments.data.digits import load_digits
-from experiments.models import DigitsCNN
-from experiments.plots import BLUE, VERMILION, pyplot
-from experiments.record import Options, Results
-from experiments.train import Schedule, train, wait
+from experiments.framework.plots import BLUE, VERMILION, pyplot
+from experiments.framework.record import Options, Results
+from experiments.material.data import Split
+from experiments.material.data.digits import load_digits
+from experiments.material.models import DigitsCNN
+from experiments.material.train import Schedule, train, wait
 
 LEARNING_RATE = 0.3
 SCHEDULE = Schedule(steps=200, batch_size=64, evaluate_every=20)

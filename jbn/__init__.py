@@ -1,19 +1,46 @@
 """Batch normalization for JAX: pure functions on explicit state, exact moments, every transformation."""
 
-from jbn import convert as convert
-from jbn import scaling as scaling
-from jbn._merge import Moments as Moments
-from jbn.explain import explain as explain
-from jbn.fold import fold as fold
-from jbn.fold import fold_after as fold_after
-from jbn.functional import BNParams as BNParams
-from jbn.functional import BNState as BNState
-from jbn.functional import bn_eval as bn_eval
-from jbn.functional import bn_init as bn_init
-from jbn.functional import bn_train as bn_train
-from jbn.inverse import denormalize as denormalize
-from jbn.inverse import identity_params as identity_params
-from jbn.moments import merge as merge
-from jbn.moments import moments as moments
-from jbn.population import population_state as population_state
-from jbn.renorm import brn_train as brn_train
+import importlib
+from types import ModuleType
+
+from jbn import convert, scaling
+from jbn._functions.batch_norm import BNParams, BNState, bn_eval, bn_init, bn_train
+from jbn._functions.explain import Explanation, explain
+from jbn._functions.folding import fold, fold_after
+from jbn._functions.inverse import denormalize, identity_params
+from jbn._functions.moments import Moments, merge, moments
+from jbn._functions.population import population_state
+from jbn._functions.renorm import brn_train
+
+__version__ = "0.1.0"
+__all__ = [
+    "BNParams",
+    "BNState",
+    "Explanation",
+    "Moments",
+    "bn_eval",
+    "bn_init",
+    "bn_train",
+    "brn_train",
+    "convert",
+    "denormalize",
+    "explain",
+    "fold",
+    "fold_after",
+    "identity_params",
+    "merge",
+    "moments",
+    "population_state",
+    "scaling",
+]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """`jbn.linen` and `jbn.nnx`, imported when first asked for: Flax takes a while."""
+    if name in ("linen", "nnx"):
+        return importlib.import_module(f"jbn.{name}")
+    raise AttributeError(f"module 'jbn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__", "linen", "nnx"]

@@ -21,9 +21,11 @@ import jax
 import jax.numpy as jnp
 
 from jbn import BNParams, BNState, bn_eval
-from jbn._flax import check_features, feature_axis, full_rank_mask, left_to_flax, training, with_result_dtype
-from jbn._fold_linen import fold as fold
-from jbn._recalibrate_linen import recalibrate as recalibrate
+from jbn._flax.fold_linen import Folded, fold
+from jbn._flax.layer import check_features, feature_axis, full_rank_mask, left_to_flax, training, with_result_dtype
+from jbn._flax.recalibrate_linen import recalibrate
+
+__all__ = ["BatchNorm", "Folded", "fold", "recalibrate"]
 
 # Without Flax's method wrapper, so that a call left to it is captured and tabulated once, not twice.
 _flax_call = inspect.unwrap(nn.BatchNorm.__call__)
@@ -156,3 +158,7 @@ class BatchNorm(nn.BatchNorm):
         if not initializing:
             mean.value, var.value = state
         return y
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -24,9 +24,11 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
 from jbn import BNParams, BNState, bn_eval
-from jbn._flax import check_features, feature_axis, full_rank_mask, left_to_flax, training, with_result_dtype
-from jbn._fold_nnx import fold as fold
-from jbn._recalibrate_nnx import recalibrate as recalibrate
+from jbn._flax.fold_nnx import Folded, fold
+from jbn._flax.layer import check_features, feature_axis, full_rank_mask, left_to_flax, training, with_result_dtype
+from jbn._flax.recalibrate_nnx import recalibrate
+
+__all__ = ["BatchNorm", "Folded", "fold", "recalibrate"]
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -185,3 +187,7 @@ class BatchNorm(nnx.BatchNorm):
             for name, bound in {"r_max": r_max, "d_max": d_max}.items():
                 if bound is not None:  # a number is static, an array data
                     setattr(self, name, nnx.data(bound) if hasattr(bound, "dtype") else bound)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jbn._check import FLOATS, check_axis, check_input, check_mask
-from jbn._plan import compute_dtype
-from jbn._stream import merge_stream
-from jbn.moments import Moments, merge, moments
+from jbn._functions.checks import FLOATS, check_axis, check_input, check_mask
+from jbn._functions.moments import Moments, merge, moments
+from jbn._op.plan import compute_dtype
+from jbn._op.stream import merge_stream
 
 Kind = Literal["standardize", "min_max", "mean_normalize"]
 KINDS = ("standardize", "min_max", "mean_normalize")

@@ -18,7 +18,7 @@ import kept
 import plugin
 import pytest
 
-from jbn import _dispatch
+from jbn._op import dispatch
 
 plugin.install()
 OPTIMIZED = {f"test_{name}" for name in ("cpu", "edges", "functional", "gradients", "kernels", "moments", "numerics")}
@@ -74,11 +74,11 @@ def implementation(request):
         yield "xla"
         return
     wins = [
-        _dispatch.Win("", dtype, layout, 0, "a test")
+        dispatch.Win("", dtype, layout, 0, "a test")
         for dtype in ("float16", "bfloat16", "float32")
         for layout in ("last", "first")
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_dispatch, "WINS", tuple(wins))
+        patch.setattr(dispatch, "WINS", tuple(wins))
         with driver.gpu():
             yield "kernels"

@@ -1,1 +1,1 @@
-"""One file for each question about batch norm; experiments/study.py says what such a file has."""
+"""One file for each question about batch norm; experiments/framework/study.py says what such a file has."""

@@ -31,13 +31,13 @@ import optax
 from flax import linen as nn
 from jax import Array
 
-from experiments.claim import Claim, Rule
-from experiments.data import Split
-from experiments.data.digits import load_digits
-from experiments.models import EPSILON, MLP, MOMENTUM
-from experiments.plots import BLUE, DASHES, GREEN, GREY, ORANGE, PURPLE, SKY, lines, names, pyplot
-from experiments.study import find
-from experiments.train import Schedule, accuracy, at_best, train
+from experiments.framework.claim import Claim, Rule
+from experiments.framework.plots import BLUE, DASHES, GREEN, GREY, ORANGE, PURPLE, SKY, lines, names, pyplot
+from experiments.framework.study import find
+from experiments.material.data import Split
+from experiments.material.data.digits import load_digits
+from experiments.material.models import EPSILON, MLP, MOMENTUM
+from experiments.material.train import Schedule, accuracy, at_best, train
 from jbn.linen import BatchNorm, recalibrate
 
 LESS = {"unit": " points", "rule": Rule(supported=(1, np.inf), contradicted=(-np.inf, 0))}

@@ -28,12 +28,12 @@ import optax
 from flax import linen as nn
 from jax import Array
 
-from experiments.claim import Claim, Rule
-from experiments.data import Split
-from experiments.data.digits import load_digits
-from experiments.models import MLP, BatchNorm
-from experiments.plots import BLUE, ORANGE, PURPLE, VERMILION, decades, key, lines, pyplot
-from experiments.train import Schedule, accuracy, seeds, train, wait
+from experiments.framework.claim import Claim, Rule
+from experiments.framework.plots import BLUE, ORANGE, PURPLE, VERMILION, decades, key, lines, pyplot
+from experiments.material.data import Split
+from experiments.material.data.digits import load_digits
+from experiments.material.models import MLP, BatchNorm
+from experiments.material.train import Schedule, accuracy, seeds, train, wait
 
 SANTURKAR = "Santurkar et al. 2018, section 2.1, figure 2"
 STEADIER: dict[str, Any] = {"unit": "×", "ratio": True, "rule": Rule(supported=(1.5, np.inf), contradicted=(0, 1))}

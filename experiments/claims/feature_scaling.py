@@ -22,13 +22,13 @@ import optax
 from flax import linen as nn
 from jax import Array
 
-from experiments.claim import Claim, Rule, interval
-from experiments.data import Split
-from experiments.data.bikes import load_bikes
-from experiments.models import EPSILON, MLP, MOMENTUM
-from experiments.plots import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, lines, name, pyplot
-from experiments.study import find
-from experiments.train import Schedule, seeds, train, wait
+from experiments.framework.claim import Claim, Rule, interval
+from experiments.framework.plots import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, lines, name, pyplot
+from experiments.framework.study import find
+from experiments.material.data import Split
+from experiments.material.data.bikes import load_bikes
+from experiments.material.models import EPSILON, MLP, MOMENTUM
+from experiments.material.train import Schedule, seeds, train, wait
 from jbn import scaling
 from jbn.linen import BatchNorm
 

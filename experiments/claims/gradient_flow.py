@@ -24,13 +24,26 @@ import numpy as np
 from flax import linen as nn
 from jax import Array
 
-from experiments.claim import Claim, Rule, interval
-from experiments.data import Split
-from experiments.data.digits import load_digits
-from experiments.models import MLP, NORMS
-from experiments.plots import BLUE, DASHES, GREY, INK, NORM_COLORS, ORANGE, VERMILION, decades, key, lines, name, pyplot
-from experiments.study import find
-from experiments.train import cross_entropy, seeds, wait
+from experiments.framework.claim import Claim, Rule, interval
+from experiments.framework.plots import (
+    BLUE,
+    DASHES,
+    GREY,
+    INK,
+    NORM_COLORS,
+    ORANGE,
+    VERMILION,
+    decades,
+    key,
+    lines,
+    name,
+    pyplot,
+)
+from experiments.framework.study import find
+from experiments.material.data import Split
+from experiments.material.data.digits import load_digits
+from experiments.material.models import MLP, NORMS
+from experiments.material.train import cross_entropy, seeds, wait
 from jbn import BNParams, bn_init, bn_train
 
 YANG = "Yang et al. 2019, "

@@ -29,14 +29,14 @@ from flax import linen as nn
 from jax import Array
 
 import jbn
-from experiments.claim import Claim, Rule, interval
-from experiments.data import Split
-from experiments.data.bikes import load_bikes
-from experiments.data.digits import load_digits
-from experiments.models import EPSILON, BatchNorm
-from experiments.plots import BLUE, DASHES, GREEN, GREY, ORANGE, PURPLE, lines, name, pyplot
-from experiments.study import find
-from experiments.train import Schedule, seeds, train, wait
+from experiments.framework.claim import Claim, Rule, interval
+from experiments.framework.plots import BLUE, DASHES, GREEN, GREY, ORANGE, PURPLE, lines, name, pyplot
+from experiments.framework.study import find
+from experiments.material.data import Split
+from experiments.material.data.bikes import load_bikes
+from experiments.material.data.digits import load_digits
+from experiments.material.models import EPSILON, BatchNorm
+from experiments.material.train import Schedule, seeds, train, wait
 
 EPS = float(np.finfo(np.float32).eps)
 IOFFE = "Ioffe & Szegedy 2015, section 3"
@@ -131,7 +131,7 @@ def error(x: Array) -> Array:
     """Largest |y − x| over the feature's largest |x|, where the parameters make y = x, in training and inference."""
     seen = jbn.moments(x)
     state = jbn.BNState(seen.mean, seen.variance())
-    params = jbn.identity_params(state, EPSILON)
+    params = jbn.identity_params(state, epsilon=EPSILON)
     trained, _ = jbn.bn_train(params, state, x, epsilon=EPSILON)
     wrong = jnp.abs(jnp.stack([trained, jbn.bn_eval(params, state, x, epsilon=EPSILON)]) - x).max((0, 1))
     largest = jnp.abs(x).max(0)
@@ -145,7 +145,7 @@ def distance(x: Array, batch_size: int) -> Any:
     of scale from √(σ² + ε) and of bias from μ, in σ.
     """
     var, wanted = x.var(0), jbn.BNState(x.mean(0), x.var(0))
-    scale, bias = jbn.identity_params(wanted, EPSILON)
+    scale, bias = jbn.identity_params(wanted, epsilon=EPSILON)
     batches = x[: len(x) // batch_size * batch_size].reshape(-1, batch_size, x.shape[1])
 
     def evaluate(variables: Any) -> dict[str, Array]:

@@ -20,12 +20,12 @@ import numpy as np
 import optax
 from jax import Array
 
-from experiments.claim import Claim, Rule
-from experiments.data import Split
-from experiments.data.digits import load_digits
-from experiments.models import MLP, BatchNorm
-from experiments.plots import BLUE, FAINT, GREY, ORANGE, PURPLE, key, lines, pyplot
-from experiments.train import Schedule, accuracy, seeds, train, wait
+from experiments.framework.claim import Claim, Rule
+from experiments.framework.plots import BLUE, FAINT, GREY, ORANGE, PURPLE, key, lines, pyplot
+from experiments.material.data import Split
+from experiments.material.data.digits import load_digits
+from experiments.material.models import MLP, BatchNorm
+from experiments.material.train import Schedule, accuracy, seeds, train, wait
 
 WU = "Wu & Johnson 2021, section 3"
 POINTS = " points"

@@ -23,13 +23,13 @@ import optax
 from flax import linen as nn
 from jax import Array
 
-from experiments.claim import Claim, Rule
-from experiments.data import Split
-from experiments.data.digits import load_digits
-from experiments.models import MLP, NORMS
-from experiments.plots import DASHES, GREY, NORM_COLORS, lines, name, pyplot
-from experiments.study import find
-from experiments.train import Schedule, seeds, train, wait
+from experiments.framework.claim import Claim, Rule
+from experiments.framework.plots import DASHES, GREY, NORM_COLORS, lines, name, pyplot
+from experiments.framework.study import find
+from experiments.material.data import Split
+from experiments.material.data.digits import load_digits
+from experiments.material.models import MLP, NORMS
+from experiments.material.train import Schedule, seeds, train, wait
 
 IOFFE, BJORCK = "Ioffe & Szegedy 2015, section 3.3", "Bjorck et al. 2018, abstract"
 CLAIMS = {

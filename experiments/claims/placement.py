@@ -25,13 +25,13 @@ import optax
 from flax import linen as nn
 from jax import Array
 
-from experiments.claim import Claim, Rule
-from experiments.data import Split
-from experiments.data.digits import load_digits
-from experiments.models import EPSILON, MOMENTUM, BatchNorm
-from experiments.plots import BLUE, GREY, ORANGE, SKY, lines, pyplot
-from experiments.study import find
-from experiments.train import Schedule, accuracy, cross_entropy, seeds, train, wait
+from experiments.framework.claim import Claim, Rule
+from experiments.framework.plots import BLUE, GREY, ORANGE, SKY, lines, pyplot
+from experiments.framework.study import find
+from experiments.material.data import Split
+from experiments.material.data.digits import load_digits
+from experiments.material.models import EPSILON, MOMENTUM, BatchNorm
+from experiments.material.train import Schedule, accuracy, cross_entropy, seeds, train, wait
 
 EPS = float(np.finfo(np.float32).eps)
 IOFFE = "Ioffe & Szegedy 2015, section 3.2"

@@ -25,13 +25,13 @@ import optax
 from flax import linen as nn
 from jax import Array
 
-from experiments.claim import Claim, Rule
-from experiments.data import Split
-from experiments.data.digits import load_digits
-from experiments.models import EPSILON, MOMENTUM
-from experiments.plots import BLUE, DASHES, GREY, VERMILION, key, lines, name, pyplot
-from experiments.study import find
-from experiments.train import Schedule, accuracy, at_best, cross_entropy, train
+from experiments.framework.claim import Claim, Rule
+from experiments.framework.plots import BLUE, DASHES, GREY, VERMILION, key, lines, name, pyplot
+from experiments.framework.study import find
+from experiments.material.data import Split
+from experiments.material.data.digits import load_digits
+from experiments.material.models import EPSILON, MOMENTUM
+from experiments.material.train import Schedule, accuracy, at_best, cross_entropy, train
 from jbn.linen import BatchNorm
 
 NO_WORSE = {"unit": " points", "rule": Rule(supported=(-np.inf, 0.3), contradicted=(0.3, np.inf))}

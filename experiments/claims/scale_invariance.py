@@ -23,11 +23,11 @@ from flax import linen as nn
 from jax import Array
 
 import jbn
-from experiments.claim import Claim, Rule
-from experiments.data.digits import load_digits
-from experiments.plots import BLUE, GREY, SKY, VERMILION, lines, name, pyplot
-from experiments.study import find
-from experiments.train import cross_entropy, seeds, wait
+from experiments.framework.claim import Claim, Rule
+from experiments.framework.plots import BLUE, GREY, SKY, VERMILION, lines, name, pyplot
+from experiments.framework.study import find
+from experiments.material.data.digits import load_digits
+from experiments.material.train import cross_entropy, seeds, wait
 
 EPS = float(np.finfo(np.float32).eps)
 IOFFE = "Ioffe & Szegedy 2015, section 3.3"

@@ -30,13 +30,13 @@ import optax
 from flax import linen as nn
 from jax import Array
 
-from experiments.claim import Claim, Rule, interval
-from experiments.data import Split
-from experiments.data.vowels import load_vowels
-from experiments.models import EPSILON, MOMENTUM
-from experiments.plots import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, lines, pyplot
-from experiments.study import find
-from experiments.train import Schedule, at_best, train
+from experiments.framework.claim import Claim, Rule, interval
+from experiments.framework.plots import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, lines, pyplot
+from experiments.framework.study import find
+from experiments.material.data import Split
+from experiments.material.data.vowels import load_vowels
+from experiments.material.models import EPSILON, MOMENTUM
+from experiments.material.train import Schedule, at_best, train
 from jbn import BNParams, BNState, bn_eval, bn_train
 from jbn.linen import BatchNorm
 

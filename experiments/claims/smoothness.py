@@ -23,13 +23,13 @@ import numpy as np
 import optax
 from jax import Array
 
-from experiments.claim import Claim, Rule
-from experiments.data import Split
-from experiments.data.digits import load_digits
-from experiments.models import MLP, NORMS
-from experiments.plots import BLUE, DASHES, SKY, VERMILION, decades, key, lines, pyplot
-from experiments.study import find
-from experiments.train import Schedule, cross_entropy, seeds, train, wait
+from experiments.framework.claim import Claim, Rule
+from experiments.framework.plots import BLUE, DASHES, SKY, VERMILION, decades, key, lines, pyplot
+from experiments.framework.study import find
+from experiments.material.data import Split
+from experiments.material.data.digits import load_digits
+from experiments.material.models import MLP, NORMS
+from experiments.material.train import Schedule, cross_entropy, seeds, train, wait
 
 SANTURKAR = "Santurkar et al. 2018, "
 # half as much again is what would show at a glance in the paper's figures, whose axes span decades

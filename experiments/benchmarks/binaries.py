@@ -1,0 +1,170 @@
+"""The kernels compile without spills, to 16-byte accesses, for GPUs that need not be here.
+
+Every kernel, as it is launched for three representative layouts, is compiled ahead of time for three NVIDIA
+architectures and one of AMD's; registers, spills, shared memory and the width of each access to global memory are
+read from the binary. The layouts are ResNet's: channels last (32×56×56×256), channels first (32×64×56×56), and
+channels first with 7×7 positions, where no row of a channel starts at a multiple of 16 bytes.
+"""
+
+import importlib.metadata
+from collections.abc import Iterator
+from typing import Any
+
+from experiments.framework.plots import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, key, pyplot
+from experiments.framework.record import Options, Results, progress, require
+
+require("triton")
+
+from jbn.kernels import launches  # noqa: E402  (Triton is asked for first, so that its absence gets a remedy)
+from jbn.kernels.binaries import TARGETS, compile_launch  # noqa: E402
+from jbn.kernels.launches import Launch, Mask, Problem  # noqa: E402
+from jbn.kernels.tiling import View  # noqa: E402
+
+PROCESSORS = 132  # multiprocessors of an H100, which the choice of tiles asks for
+REGISTERS, THREADS = 65536, 2048  # of a multiprocessor
+VIEWS = {
+    "last": View(1, 32 * 56 * 56, 256, 1),
+    "first": View(1, 32, 64, 56 * 56),
+    "unaligned": View(1, 32, 512, 7 * 7),
+}
+DTYPES = ("bfloat16", "float32")
+COLORS = dict(zip(TARGETS, (SKY, BLUE, GREEN, ORANGE), strict=True))
+# What a launch reads, (dtype of x and the like, then vectors); see the functions of `launches`.
+VECTORS = ("float32",) * 5
+
+
+def representative(view: View, dtype: str) -> dict[str, tuple[Launch, tuple[str, ...]]]:
+    """Launches, with their input dtypes."""
+    plain = Problem(view, dtype, view.rows)
+    fused = plain._replace(residual=True, activation="silu")
+    full, of_rows = Mask("full"), Mask("rows", period=view.rows)
+    sums = (dtype, *VECTORS, dtype, "bool", dtype)
+    moved = (dtype, *VECTORS, "float32", dtype, "bool", dtype, "float32", "float32")
+    return {
+        "moments": (launches.moments(plain, PROCESSORS), (dtype, "bool")),
+        "moments, full mask": (launches.moments(plain._replace(mask=full), PROCESSORS), (dtype, "bool")),
+        "moments, mask of rows": (launches.moments(plain._replace(mask=of_rows), PROCESSORS), (dtype, "bool")),
+        "apply": (launches.apply(plain, dtype, PROCESSORS), (dtype, *VECTORS, dtype)),
+        "apply, residual, silu": (launches.apply(fused, dtype, PROCESSORS), (dtype, *VECTORS, dtype)),
+        "sums": (launches.gradient_sums(plain, None, PROCESSORS), sums),
+        "sums, relu": (launches.gradient_sums(plain._replace(activation="relu"), None, PROCESSORS), sums),
+        "sums, residual, silu": (launches.gradient_sums(fused, dtype, PROCESSORS), sums),
+        "sums, mask of rows": (launches.gradient_sums(plain._replace(mask=of_rows), None, PROCESSORS), sums),
+        "input": (launches.gradient_input(plain, dtype, None, PROCESSORS), moved),
+        "input, relu": (launches.gradient_input(plain._replace(activation="relu"), dtype, None, PROCESSORS), moved),
+        "input, mask, residual, silu": (
+            launches.gradient_input(fused._replace(mask=full, weight=True), dtype, dtype, PROCESSORS),
+            moved,
+        ),
+        "input, mask of rows": (
+            launches.gradient_input(plain._replace(mask=of_rows, weight=True), dtype, None, PROCESSORS),
+            moved,
+        ),
+    }
+
+
+def compiled(targets: Any = TARGETS, views: Any = VIEWS, dtypes: Any = DTYPES) -> Iterator[tuple[Any, ...]]:
+    """Every representative launch compiled for every target: (layout, dtype, name, launch, binary), one at a time."""
+    for layout in views:
+        for dtype in dtypes:
+            for name, (launch, arrays) in representative(VIEWS[layout], dtype).items():
+                for target in targets:
+                    yield layout, dtype, name, launch, compile_launch(launch, arrays, target)
+
+
+def run(options: Options, results: Results) -> None:
+    """Compiles everything; a row of results for each binary."""
+    targets, views, dtypes = tuple(TARGETS), tuple(VIEWS), DTYPES
+    if options.quick:
+        targets, views, dtypes = ("sm_90",), ("last",), ("bfloat16",)
+    results.configuration = {
+        "triton": importlib.metadata.version("triton"),
+        "targets": targets,
+        "layouts": views,
+        "dtypes": dtypes,
+        "quick": options.quick,
+    }
+    count = len(representative(VIEWS["last"], "float32")) * len(targets) * len(views) * len(dtypes)
+    with progress(count) as step:
+        for layout, dtype, name, launch, binary in compiled(targets, views, dtypes):
+            step(f"{binary.target}, channels {layout}, {dtype}, {name}")
+            threads = 32 * launch.tiling.warps
+            by_registers = REGISTERS // (-(-binary.registers // 8) * 8 * threads)  # allotted in steps of 8 a thread
+            results.rows.append(
+                {
+                    "launch": name,
+                    "layout": layout,
+                    "dtype": dtype,
+                    "target": binary.target,
+                    "tile": f"{launch.tiling.ROWS}×{launch.tiling.CHANNELS}",
+                    "threads": threads,
+                    "registers": binary.registers,
+                    "spilled": binary.spilled,
+                    "shared_bytes": binary.shared,
+                    "loads_bytes": widths(binary.loads),
+                    "stores_bytes": widths(binary.stores),
+                    # AMD's registers are allotted otherwise
+                    "occupancy": min(by_registers * threads / THREADS, 1) if binary.target.startswith("sm_") else None,
+                }
+            )
+    results.summary = {
+        "binaries": len(results.rows),
+        "spilling": sum(row["spilled"] > 0 for row in results.rows),
+        "registers_most": max(row["registers"] for row in results.rows),
+    }
+
+
+def widths(accesses: tuple[int, ...]) -> str:
+    """How many accesses there are of each width in bytes: `16×8 4×2`, widest first."""
+    return " ".join(f"{width}×{accesses.count(width)}" for width in sorted(set(accesses), reverse=True))
+
+
+def table(results: Results) -> Any:
+    """Every binary, a line each."""
+    from rich.table import Table
+
+    shown = Table(
+        title="What the kernels compile to",
+        caption="Loads and stores: bytes × instructions. Occupancy: threads that fit, by registers.",
+    )
+    shown.add_column("launch")
+    shown.add_column("layout, dtype, target")
+    for column in ("tile", "threads", "registers", "spilled", "loads", "stores", "occupancy"):
+        shown.add_column(column, justify="right", overflow="fold")
+    for row, after in zip(results.rows, [*results.rows[1:], None], strict=True):
+        shown.add_row(
+            row["launch"],
+            ", ".join(row[column] for column in ("layout", "dtype", "target")),
+            *(
+                str(row[column])
+                for column in ("tile", "threads", "registers", "spilled", "loads_bytes", "stores_bytes")
+            ),
+            "–" if row["occupancy"] is None else f"{row['occupancy']:.0%}",
+            end_section=after is not None and after["launch"] != row["launch"],
+        )
+    return shown
+
+
+def figure(results: Results) -> Any:
+    """Registers a thread, of each launch, by layout; a dot for each target, filled for bfloat16."""
+    told = results.configuration
+    names = list(dict.fromkeys(row["launch"] for row in results.rows))
+    layouts = told["layouts"]
+    fig, panels = pyplot().subplots(
+        1, len(layouts), figsize=(7.2, 3.6), sharey=True, sharex=True, squeeze=False, layout="constrained"
+    )
+    for axes, layout in zip(panels[0], layouts, strict=True):
+        for row in results.rows:
+            if row["layout"] == layout:
+                place = names.index(row["launch"]) + 0.16 * (list(TARGETS).index(row["target"]) - 1.5)
+                color = COLORS[row["target"]] if not row["spilled"] else VERMILION
+                filling = color if row["dtype"] == "bfloat16" else "white"
+                axes.plot(row["registers"], place, "o", color=color, markerfacecolor=filling, markersize=3.5)
+        axes.axvline(255, color=PURPLE, linewidth=0.8)
+        axes.set(
+            title=f"channels {layout}" if layout != "unaligned" else "first, unaligned", xlabel="registers a thread"
+        )
+    panels[0, 0].set_yticks(range(len(names)), names)
+    panels[0, 0].set(ylim=(len(names) - 0.5, -0.5), xlim=(0, 262))
+    key(panels[0, -1], {target: COLORS[target] for target in told["targets"]}, 0.6, 0.98)
+    return fig

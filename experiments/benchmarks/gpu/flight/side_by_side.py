@@ -1,0 +1,164 @@
+"""Batch norms and training steps through JAX: kernels, XLA, Flax and PyTorch in a process each, one at a time timed.
+
+python -m experiments.benchmarks.gpu.flight.side_by_side LINES [--steps S] [--seconds S] [--dump FOLDER] [--tiny]
+
+All processes compile at once. Training steps are timed as they are ready, then layers, task by task, each candidate in
+turn. Lines: "step" (`steps`) and "layer": microseconds of a pass, `host_us` of handing it over (where both are alike,
+the host was timed), `same`, whether results are Flax's up to rounding.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.benchmarks.gpu import tasks as plan
+from experiments.benchmarks.gpu.flight.lines import Lines
+from experiments.benchmarks.gpu.measure import TOLERANCE
+from experiments.benchmarks.gpu.tasks import Task
+from experiments.benchmarks.gpu.worker import Failed, Worker
+from experiments.material import cases
+
+CANDIDATES = ("jbn triton", "jbn xla", "flax.linen", "torch", "torch cudnn")
+BASELINE = "flax.linen"
+KINDS = (("jbn triton", False), ("flax.linen", False), ("jbn triton", True)), (("jbn xla", False), ("jbn xla", True))
+# (candidate, batch, whether the named policy is used), the most valuable first
+STEPS = tuple((name, batch, named) for kinds in KINDS for batch in (256, 128) for name, named in kinds)
+AT_ONCE = 6  # steps that compile side by side: each takes several cores
+SAMPLES, SECONDS = 3, 0.01
+PATIENCE = 40  # seconds that a candidate is given for a task
+
+
+def tasks() -> list[Task]:
+    """ResNet-50's shapes in bfloat16, the largest first; of batches and fusions, those that marks are set for."""
+    found = []
+    for batch, fused in ((256, "relu"), (256, "add + relu"), (128, "relu"), (128, "add + relu"), (256, "alone"),
+                         (32, "relu"), (32, "add + relu"), (128, "alone"), (32, "alone")):  # fmt: skip
+        shapes = sorted(cases.distinct(cases.resnet50(batch)), key=plan.size, reverse=True)
+        found += [Task(case.name, case.shape, fused=fused) for case in shapes]
+    return found
+
+
+TINY = [Task("2×3×3×4", (2, 3, 3, 4), -1, "float32", fused) for fused in ("relu", "add + relu")]
+
+
+class Device:
+    """The processes, and who may use the device: training steps lock a file, layers wait for their turn."""
+
+    def __init__(self, lines: Lines, candidates: tuple[str, ...], dump: Path | None):
+        self.lines, self.dump = lines, dump
+        self.workers = {
+            name: Worker(name, "experiments.benchmarks.gpu.flight.layers", self.dumping(name, "both"))
+            for name in candidates
+        }
+        self.steps: list[subprocess.Popen[bytes]] = []
+        self.waiting: list[list[str]] = []
+
+    def dumping(self, name: str, programs: str) -> dict[str, str]:
+        """The environment in which XLA keeps its programs whose names have this in them."""
+        if self.dump is None:
+            return {}
+        folder = self.dump / name.replace(" ", "-")
+        return {"XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=.*{programs}.*"}
+
+    def begin(self, asked: list[Task], steps: tuple[tuple[str, int, bool], ...], lock: Path, tiny: bool) -> None:
+        """Everything starts to compile, steps as many as may AT_ONCE."""
+        for name, batch, named in steps:
+            self.waiting.append([str(lock), name, str(batch), *["--named"] * named, *["--tiny"] * tiny])
+        self.more_steps()
+        for worker in self.workers.values():
+            worker.ask(do="begin", tasks=[list(task) for task in asked])
+
+    def more_steps(self) -> bool:
+        """Starts steps for which there is room; whether any are under way."""
+        running = sum(process.poll() is None for process in self.steps)
+        for arguments in self.waiting[: AT_ONCE - running]:
+            command = [
+                sys.executable,
+                "-m",
+                "experiments.benchmarks.gpu.flight.steps",
+                str(self.lines.file.name),
+                *arguments,
+            ]
+            environment = {**os.environ, **self.dumping("-".join(["step", *arguments[1:]]), "train")}
+            self.steps.append(subprocess.Popen(command, env=environment))
+        del self.waiting[: AT_ONCE - running]
+        return any(process.poll() is None for process in self.steps)
+
+    def wait_for_steps(self, until: float) -> None:
+        """Until all are done, or their time is up."""
+        while self.more_steps() and time.monotonic() < until:
+            time.sleep(0.2)
+        for process in self.steps:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+                self.lines("error", error=f"no time was left for {process.args}")
+
+    def layer(self, task: Task, until: Callable[[], float]) -> None:
+        """A line for each candidate and pass, each timed while the others wait."""
+        told = {"case": task.case, "shape": list(task.shape), "dtype": task.dtype, "fused": task.fused}
+        found: dict[str, dict[str, Any]] = {}
+        for name, worker in list(self.workers.items()):
+            try:
+                worker.ask(do="time", task=list(task), samples=SAMPLES, seconds=SECONDS)
+                found[name] = worker.answer(min(PATIENCE, until()))
+            except Failed as error:
+                self.lines("error", **told, candidate=name, error=str(error))
+                del self.workers[name]  # it would have to compile all anew
+        right = found.get(BASELINE, {}).get("fingerprint")
+        for name, answer in found.items():
+            same = None
+            if right and answer["fingerprint"]:
+                same = bool(np.allclose(answer["fingerprint"], right, rtol=TOLERANCE[task.dtype], atol=1e-3))
+            for each, times in answer["passes"].items():
+                self.lines("layer", **told, bytes=task.size, candidate=name, **{"pass": each}, **times, same=same)
+            for each, error in answer["failed"].items():
+                self.lines("error", **told, candidate=name, **{"pass": each}, error=error)
+        shown = [f"{name} {answer['passes'].get('both', {}).get('us', 0):.1f}" for name, answer in found.items()]
+        print(f"{task.case:16} {task.fused:10} both/us:", *shown, flush=True)
+
+    def end(self) -> None:
+        for worker in self.workers.values():
+            worker.stop()
+        for process in self.steps:
+            process.kill()
+
+
+def main() -> None:
+    started = time.monotonic()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("lines", type=Path, help="file that lines are appended to")
+    parser.add_argument("--steps", type=float, default=80, help="seconds for training steps (default: 80)")
+    parser.add_argument("--seconds", type=float, default=125, help="of all (default: 125)")
+    parser.add_argument("--dump", type=Path, help="folder for XLA's programs")
+    parser.add_argument("--tiny", action="store_true", help="two small tasks and two small steps, without kernels")
+    options = parser.parse_args()
+    lines, deadline = Lines(options.lines), started + options.seconds
+    names = ("jbn xla", "flax.linen") if options.tiny else CANDIDATES
+    asked, steps = (TINY, (("jbn xla", 2, True),)) if options.tiny else (tasks(), STEPS)
+    device = Device(lines, names, options.dump)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            device.begin(asked, steps, Path(folder) / "lock", options.tiny)
+            device.wait_for_steps(min(started + options.steps, deadline))
+            for worker in device.workers.values():
+                worker.answer(PATIENCE)  # that it has begun
+            for number, task in enumerate(asked):
+                if time.monotonic() > deadline:
+                    print(f"out of time after {number} of {len(asked)} tasks", flush=True)
+                    break
+                device.layer(task, lambda: deadline + 5 - time.monotonic())
+        finally:
+            device.end()
+
+
+if __name__ == "__main__":
+    main()

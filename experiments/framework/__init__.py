@@ -1,0 +1,1 @@
+"""What every experiment is run, kept, judged and shown by."""

@@ -1,0 +1,233 @@
+"""Folding of a `flax.nnx` model: a copy of it is traced whose layers mark their calls, and a copy is rewritten."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+from jax.extend.core import jaxpr_as_fun
+
+from jbn._flax import fold_shared
+from jbn._flax.fold_check import checked, example, relative_error
+from jbn._flax.fold_marks import Call, Marks
+from jbn._flax.fold_pairs import Pair, pairs
+from jbn._flax.layer import feature_axis
+from jbn._functions.batch_norm import BNParams, BNState
+
+
+class Folded(NamedTuple):
+    """An nnx model whose batch norms are in its layers.
+
+    Attributes:
+      model: a copy of the model for inference, in which a batch norm that was folded is a `FoldedNorm`, and layers
+        that took one up have a bias.
+      folded: for each batch norm folded the layer it is in, by paths such as `"blocks.0.norm1"`.
+      left: for each batch norm that runs as before the reason.
+    """
+
+    model: Any
+    folded: dict[str, str]
+    left: dict[str, str]
+
+
+class FoldedNorm(nnx.Module):
+    """What is left of a batch norm whose affine map is in a layer: activation(x + residual), in its dtype."""
+
+    def __init__(self, activation: str | None, dtype: Any):
+        self.activation = activation
+        self.dtype = dtype
+
+    def __call__(self, x, use_running_average=None, *, residual=None, **_):
+        """As the batch norm's; a mask and the like say nothing to inference.
+
+        Raises:
+          ValueError: `use_running_average=False`.
+        """
+        if use_running_average is not None and not use_running_average:
+            raise ValueError(
+                "this batch norm is folded for inference and was called with use_running_average=False: train the "
+                "model that it was folded from"
+            )
+        return fold_shared.rest(x, residual, self.activation, self.dtype)
+
+
+def fold(model: nnx.Module, *args: Any, method: str = "__call__", **call: Any) -> Folded:
+    """Rewrites a model for inference: batch norms go into the dense layers and convolutions before or behind them.
+
+    The model is traced as `model(*args, **call)`. A batch norm (`jbn.nnx.BatchNorm` or Flax's, on running averages) is
+    folded by `jbn.fold` into the `nnx.Linear`, `nnx.Conv` or `nnx.ConvTranspose` whose output is its input, if nothing
+    else reads that output; else by `jbn.fold_after` into the one that alone reads its output, where that is exact. Its
+    residual and activation stay. Everything else runs as before, and `left` says why: a layer, weight or value that is
+    used elsewhere too, stacked weights, training mode, padding with zeros, a class with a `__call__` of its own, a
+    layer that makes of its stored kernel another one (weight standardisation, quantisation).
+
+    Then both models run on the arguments, in JAX's highest precision of products: a batch norm whose folding changes
+    the outputs by more than √eps of their size (‖difference‖ / ‖output‖; eps of the coarsest dtype) is left as well,
+    with the error seen.
+
+    Usage:
+
+        model.eval()
+        folded = jbn.nnx.fold(model, x)
+        y = nnx.jit(folded.model)(x)
+
+    Args:
+      model: any module, in inference mode (`model.eval()`). It is not changed.
+      *args: of the call: arrays, an example; or `jax.ShapeDtypeStruct`s, for which normal numbers (zeros, where they
+        are not floats) are drawn. Nothing is compared while arguments or variables are traced.
+      method: name of the method to call.
+      **call: as well.
+
+    Returns:
+      `Folded`. Call its model as the model was traced here.
+
+    Source: Jacob et al. (2018), section 3.2 (https://arxiv.org/abs/1712.05877).
+    """
+    graphdef, state = nnx.split(model)
+    marks = Marks()
+    dtypes: dict[str, Any] = {}
+    arrays, join = fold_shared.arrays_apart(args, call)
+    whole = _layers(model)
+    shapes = {name: (x.mean if isinstance(x, nnx.BatchNorm) else x.kernel).shape for name, x in whole.items()}
+
+    def run(state, arrays):
+        given = jax.tree.leaves(state)  # now: the twin's variables may be those of state
+        twin = nnx.merge(graphdef, state)
+        args, options = join(arrays)
+        for name, layer in _layers(twin).items():
+            layer.fold_name = name
+            object.__setattr__(layer, "__class__", _marking(type(layer), marks, shapes, dtypes))
+        y = getattr(twin, method)(*args, **options)
+        after = jax.tree.leaves(nnx.state(twin))
+        known = set(map(id, given))
+        return y, [value for value in after if id(value) not in known]  # stored, to be read later
+
+    owners = [_owner(_keys(path)) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    precise = jax.default_matmul_precision("highest")
+    with precise:
+        closed, outputs = jax.make_jaxpr(run, return_shape=True)(state, arrays)
+    found, left = pairs(closed, [*owners, *[None] * len(arrays)], marks)
+    folded = functools.lru_cache(maxsize=1)(lambda done: _folded(model, done, dtypes))
+
+    def error(done: tuple[Pair, ...]) -> float:
+        graphdef, others = nnx.split(folded(done))
+
+        @jax.jit
+        def compare(state, others, arrays):
+            flat = jaxpr_as_fun(closed)(*jax.tree.leaves((state, arrays)))
+            want, _ = jax.tree.unflatten(jax.tree.structure(outputs), flat)
+            args, options = join(arrays)
+            return relative_error(want, getattr(nnx.merge(graphdef, others), method)(*args, **options))
+
+        with precise:
+            return float(compare(state, others, drawn))
+
+    everything = jax.tree.leaves(state)
+    if (drawn := example(arrays)) is not None and example(everything) is not None:
+        found, wrong = checked(found, error, closed.jaxpr)
+        left |= wrong
+    return Folded(folded(tuple(found)), {pair.norm: pair.layer for pair in found}, left)
+
+
+def _folded(model: nnx.Module, done: tuple[Pair, ...], dtypes: dict[str, Any]) -> nnx.Module:
+    """A copy of the model, folded by these pairs; `dtypes` of the norms' outputs."""
+    copy = nnx.clone(model)
+    layers = _layers(copy)
+
+    @jax.jit  # in one compilation
+    def rewritten(weights):
+        for pair in done:
+            norm, layer = layers[pair.norm], layers[pair.layer]
+            own, (scale, offset, mean, var) = weights[pair.layer], weights[pair.norm]
+            axis = -2 if getattr(layer, "transpose_kernel", False) else -1
+            learned, seen = BNParams(scale, offset), BNState(mean, var)
+            weights = {**weights, pair.layer: fold_shared.weights(pair, learned, seen, norm.epsilon, *own, axis)}
+        return {pair.layer: weights[pair.layer] for pair in done}
+
+    taking_part = {name: layers[name] for pair in done for name in (pair.norm, pair.layer)}
+    for name, (kernel, bias) in rewritten({name: _weights(layer) for name, layer in taking_part.items()}).items():
+        layer = layers[name]
+        layer.kernel[...] = kernel
+        layer.use_bias = True
+        if layer.bias is None:
+            layer.bias = nnx.Param(bias)
+        else:
+            layer.bias[...] = bias
+    for pair in done:
+        norm = layers[pair.norm]
+        remains = FoldedNorm(getattr(norm, "activation", None), dtypes[pair.norm])
+        vars(norm).clear()
+        object.__setattr__(norm, "__class__", FoldedNorm)  # wherever it is referred to
+        vars(norm).update(vars(remains))
+    return copy
+
+
+def _layers(model: nnx.Module) -> dict[str, Any]:
+    """Modules that may take part, by path, each once."""
+    return {".".join(map(str, path)): node for path, node in nnx.iter_graph(model) if _known(type(node))}
+
+
+def _known(kind: type) -> type | None:
+    """The class of Flax that a module's is, if it may take part."""
+    for known in (nnx.BatchNorm, nnx.Linear, nnx.Conv, nnx.ConvTranspose):
+        if issubclass(kind, known):
+            return known if known is nnx.BatchNorm or kind.__call__ is known.__call__ else None
+    return None
+
+
+def _marking(kind: type, marks: Marks, shapes: dict[str, tuple], dtypes: dict[str, Any]) -> type:
+    """`kind` whose calls are marked; of one trace, and so not kept."""
+    known: Any = _known(kind)
+    own = fold_shared.redefined(kind, nnx.BatchNorm) if known is nnx.BatchNorm else ""
+
+    class Marking(kind):
+        def __call__(self, *args, **options):
+            first = "x" if known is nnx.BatchNorm else "inputs"
+            x, *args = args if args else (options.pop(first),)
+
+            def run(x):
+                y = super(Marking, self).__call__(x, *args, **options)
+                dtypes[self.fold_name] = y.dtype
+                return y
+
+            call = _norm_call if known is nnx.BatchNorm else _layer_call
+            return marks.around(call(self, x, *args, **options), run, x)
+
+    def _norm_call(layer, x, use_running_average=None, *, residual=None, **_) -> Call:
+        average = layer.use_running_average if use_running_average is None else use_running_average
+        try:
+            last = feature_axis(layer.axis, x) == x.ndim - 1
+        except ValueError:  # several axes
+            last = False
+        mean = jax.ShapeDtypeStruct(shapes[layer.fold_name], layer.mean.get_raw_value().dtype)
+        call = fold_shared.norm_call(layer.fold_name, layer, x, own=own, average=average, mean=mean, last=last)
+        if not call.refuses and layer.promote_dtype is not promote_dtype:
+            call = call._replace(refuses="it has a promote_dtype of its own")
+        bare = getattr(layer, "activation", None) is None and residual is None
+        return call._replace(refuses_behind="" if bare else "it has an activation or a residual")
+
+    def _layer_call(layer, *_, **__) -> Call:
+        kernel = layer.kernel.get_raw_value()  # what is made of it as it is read belongs to the call
+        window = None if known is nnx.Linear else kernel.shape[:-2]
+        call = fold_shared.layer_call(layer.fold_name, layer, kernel, window, known is nnx.ConvTranspose)
+        if kernel.shape != shapes[layer.fold_name]:
+            return call._replace(refuses="its variables are stacked, by scan or vmap over layers")
+        return call
+
+    Marking.__name__ = kind.__name__
+    return Marking
+
+
+def _weights(layer: Any) -> tuple:
+    names = ("scale", "bias", "mean", "var") if isinstance(layer, nnx.BatchNorm) else ("kernel", "bias")
+    return tuple(None if getattr(layer, name) is None else getattr(layer, name)[...] for name in names)
+
+
+def _owner(keys: list[str]) -> tuple[str, str]:
+    """The module whose variable is there, and its name."""
+    return ".".join(keys[:-1]), keys[-1]
+
+
+def _keys(path: tuple) -> list[str]:
+    return [str(key.key) for key in path if hasattr(key, "key")]  # not what leads into the variable

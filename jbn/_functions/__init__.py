@@ -1,0 +1,1 @@
+"""What users call, by subject; `jbn` hands it out."""

@@ -1,0 +1,228 @@
+"""Batch normalization as pure functions: parameters and running state go in, the output and new state come out."""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+from jbn._functions import checks
+from jbn._functions.virtual import Virtual, check_virtual, each
+from jbn._op.merging import Moments, pool_along
+from jbn._op.normalize import Learned, Running, normalize_eval, normalize_train
+from jbn._op.partition import beside
+from jbn._op.pieces import synchronise
+from jbn._op.plan import Plan, choose, compute_dtype
+from jbn._op.sync import Sync, splittable
+
+Activation = Literal["relu", "relu6", "leaky_relu", "silu", "hard_swish"]
+Implementation = Literal["xla", "triton"]
+
+
+class BNParams(NamedTuple):
+    """Learned parameters.
+
+    Attributes:
+      scale: γ, `(C,)`, or None for 1.
+      bias: β, `(C,)`, or None for 0.
+    """
+
+    scale: jax.Array | None
+    bias: jax.Array | None
+
+
+class BNState(NamedTuple):
+    """Running statistics, `(C,)` each: exponential averages of the batches' mean and variance."""
+
+    mean: jax.Array
+    var: jax.Array
+
+
+def bn_init(
+    num_features: int, *, use_scale: bool = True, use_bias: bool = True, dtype: DTypeLike = jnp.float32
+) -> tuple[BNParams, BNState]:
+    """Parameters scale = 1, bias = 0 in `dtype`, and state mean = 0, var = 1.
+
+    Args:
+      num_features: C, the number of channels.
+      use_scale: False leaves the scale out (None).
+      use_bias: False leaves the bias out (None).
+      dtype: of the parameters; the state is float32, or float64 for float64.
+
+    Raises:
+      TypeError, ValueError: if `num_features` is not a positive integer or `dtype` not a float.
+    """
+    channels = checks.check_positive("num_features", num_features, "a positive integer", "give x.shape[axis]")
+    dtype = checks.check_dtype(dtype)
+    params = BNParams(
+        jnp.ones(channels, dtype) if use_scale else None, jnp.zeros(channels, dtype) if use_bias else None
+    )
+    kept = compute_dtype(dtype)
+    return params, BNState(jnp.zeros(channels, kept), jnp.ones(channels, kept))
+
+
+def bn_train(
+    params: BNParams,
+    state: BNState,
+    x: ArrayLike,
+    *,
+    axis: int = -1,
+    momentum: float | jax.Array = 0.99,
+    epsilon: float | jax.Array = 1e-5,
+    mask: ArrayLike | None = None,
+    residual: ArrayLike | None = None,
+    activation: Activation | None = None,
+    dtype: DTypeLike | None = None,
+    virtual_batch_size: int | None = None,
+    unbiased: bool = False,
+    axis_name: str | Sequence[str] | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[jax.Array, BNState]:
+    """Normalises `x` with its own statistics, and moves the running state towards them.
+
+    y = activation(scale · (x − mean) / √(var + epsilon) + bias + residual), where mean and var = Σ(x − mean)² / n are
+    taken over all axes but `axis`, where `mask` is True; new state = momentum · state + (1 − momentum) · statistics.
+    Σ(x − mean)² has to be finite, which in float32 is √(n · var) < 1.8e19: beyond, the new var is infinite and x̂ is 0.
+
+    Args:
+      params: `BNParams`, vectors `(C,)` or None.
+      state: `BNState`, vectors `(C,)`; the new state has its dtypes.
+      x: float16, bfloat16, float32 or float64, any rank ≥ 1, C channels along `axis`. Statistics and arithmetic are
+        float32 (float64 for float64).
+      axis: position of the channels.
+      momentum: weight of the old state, in [0, 1] (PyTorch's is that of the new). 0 leaves the old state out, 1 the
+        statistics, even where that is NaN or inf.
+      epsilon: added to the variance, ≥ 0, in squared units of x.
+      mask: bool, of x's rank and broadcastable to it: which positions enter the statistics. All are normalised. A
+        channel without any is normalised with the running state, which then stays. A masked position that is not
+        finite reaches no other, in values or gradients of this function. A layer before it is another matter: the
+        gradient of its kernel is 0 · NaN where padding is NaN, so give the network jnp.where(mask, x, 0).
+      residual: of x's shape, added before the activation.
+      activation: "relu", "relu6", "leaky_relu" (slope 0.01), "silu", "hard_swish", or None.
+      dtype: of y; None for x's.
+      virtual_batch_size: k normalises each run of k examples along the first axis that is not `axis` with its own
+        statistics (ghost batch norm, Hoffer et al. 2017); the state sees the merged ones. Devices that hold whole runs
+        send each other nothing for y. With `axis_name` members' examples are consecutive, and a run of k may be shared
+        by several of them.
+      unbiased: the state keeps var · n / max(n − 1, 1), as PyTorch does. y always uses the biased one.
+      axis_name: one or several axes bound by `shard_map`, `pmap` or `vmap`, whose members share the statistics,
+        weighted by their counts (what several of them hold counts several times). Without it they are each member's
+        own. (Under plain `jit` they are global.)
+      axis_index_groups: with one `axis_name`: equal groups of its indices that share statistics among themselves.
+      implementation: "xla", "triton", or None to choose; a named one never falls back.
+
+    Returns:
+      y, of x's shape, and the new state, which carries no gradient.
+
+    Raises:
+      TypeError, ValueError: for an argument out of contract, naming it, at tracing.
+
+    Source: Ioffe, Szegedy (2015), Batch Normalization, algorithm 1 (https://arxiv.org/abs/1502.03167).
+    """
+    plan, x, learned = _prepare(params, state, x, axis, epsilon, residual, activation, dtype, implementation)
+    plan = plan._replace(centred=True)
+    mask = checks.check_mask(mask, x)
+    momentum = checks.check_between("momentum", momentum, 0, 1)
+    sync = checks.check_names(axis_name, axis_index_groups)
+    virtual = check_virtual(virtual_batch_size, x, plan.channel, sync)
+    state = jax.tree.map(lax.stop_gradient, state)
+    running = _running(plan, state, x)
+
+    if virtual is None:
+        y, seen = normalize_train(plan._replace(sync=sync), x, learned, mask, running)
+    else:
+        y, seen = _normalize_virtual(plan, virtual, sync, x, learned, mask, running)
+    return y, _moved(state, seen, momentum, unbiased)
+
+
+def bn_eval(
+    params: BNParams,
+    state: BNState,
+    x: ArrayLike,
+    *,
+    axis: int = -1,
+    epsilon: float | jax.Array = 1e-5,
+    residual: ArrayLike | None = None,
+    activation: Activation | None = None,
+    dtype: DTypeLike | None = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """Normalises `x` with the running state: y = activation(scale · (x − mean) / √(var + epsilon) + bias + residual).
+
+    Arguments, dtypes and errors are those of `bn_train`; every array argument, the state too, carries its gradient.
+
+    Source: Ioffe, Szegedy (2015), Batch Normalization, algorithm 2 (https://arxiv.org/abs/1502.03167).
+    """
+    plan, x, learned = _prepare(params, state, x, axis, epsilon, residual, activation, dtype, implementation)
+    return normalize_eval(plan, x, learned, _running(plan, state, x))
+
+
+def _prepare(
+    params, state, x, axis, epsilon, residual, activation, dtype, implementation
+) -> tuple[Plan, jax.Array, Learned]:
+    """What training and inference share: checked arguments, vectors in the dtype of the arithmetic."""
+    x = checks.check_input(x)
+    channel = checks.check_axis(axis, x)
+    checks.check_vectors("params", params, BNParams, x.shape[channel], x, axis)
+    checks.check_vectors("state", state, BNState, x.shape[channel], x, axis)
+    residual = checks.check_residual(residual, x)
+    epsilon = checks.check_between("epsilon", epsilon, 0, float("inf"))
+    checks.check_activation(activation)
+    checks.check_implementation(implementation)
+    dtype = x.dtype if dtype is None else checks.check_dtype(dtype)
+    plan = Plan(
+        channel,
+        batch=0,
+        count=1,
+        centred=False,
+        activation=activation,
+        dtype=dtype,
+        sync=Sync(),
+        sharded=splittable(),
+        implementation=implementation,
+    )
+    kind = compute_dtype(x.dtype)
+    scale, bias = (None if v is None else beside(jnp.asarray(v).astype(kind), x, channel) for v in params)
+    return plan, x, Learned(scale, bias, residual, jnp.asarray(epsilon).astype(kind)[None])
+
+
+def _running(plan: Plan, state: BNState, x) -> Running:
+    return Running(*(beside(jnp.asarray(v).astype(compute_dtype(x.dtype)), x, plan.channel) for v in state))
+
+
+def _normalize_virtual(plan: Plan, virtual: Virtual, sync: Sync, x, learned: Learned, mask, running: Running):
+    """y, each virtual batch normalised by itself, and the moments of all of them."""
+    if virtual.members > 1:
+        y, seen = normalize_train(plan._replace(sync=virtual.sync), x, learned, mask, running)
+        if virtual.sync == sync:
+            return y, seen
+        share = seen._replace(count=seen.count / virtual.members, m2=seen.m2 / virtual.members)
+        return y, synchronise(plan._replace(sync=sync), share)
+
+    def normalize(x, residual, mask):
+        own = plan._replace(sharded=splittable())
+        return normalize_train(own, x, learned._replace(residual=residual), mask, running)
+
+    y, seen = each(normalize, virtual, x, learned.residual, mask, plan.implementation)
+    return y, synchronise(plan._replace(sync=sync), pool_along(jax.tree.map(lax.stop_gradient, seen)))
+
+
+def _moved(state: BNState, seen: Moments, momentum, unbiased: bool) -> BNState:
+    """momentum · state + (1 − momentum) · statistics, where there were any; without gradient, in the state's dtypes."""
+
+    def move(old, new):
+        old = jnp.asarray(old)
+        count, new = (beside(v, old, 0) for v in (seen.count, new))
+        kind = compute_dtype(old.dtype if old.dtype == jnp.float64 else new.dtype)
+        weight = momentum if isinstance(momentum, float | int) else jnp.asarray(momentum).astype(kind)
+        keep, take = (jnp.where(count > 0, w, otherwise) for w, otherwise in ((weight, 1), (1 - weight, 0)))
+        mixed = weighted(keep.astype(kind), old.astype(kind)) + weighted(take.astype(kind), new.astype(kind))
+        return lax.stop_gradient(mixed.astype(old.dtype))
+
+    def weighted(weight, value):
+        return choose(weight > 0, weight * value, 0)  # what has no weight may be NaN or inf
+
+    return BNState(move(state.mean, seen.mean), move(state.var, seen.variance(unbiased)))

@@ -1,0 +1,203 @@
+"""What arguments may be: every error names the argument, what came, and what to do."""
+
+import math
+import operator
+from collections.abc import Hashable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import core, lax
+
+from jbn._op.activations import ACTIVATIONS
+from jbn._op.sync import Sync, bound
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+IMPLEMENTATIONS = (None, "xla", "triton")
+
+
+def check_input(x) -> jax.Array:
+    """x as an array of a supported dtype and rank ≥ 1."""
+    x = x if hasattr(x, "dtype") else jnp.asarray(x)
+    dtype = jnp.result_type(x)
+    if dtype.name not in FLOATS:
+        remedy = "cast it, e.g. x.astype(jnp.float32)"
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            remedy = "normalise real and imaginary parts apart, or use jbn.linen/jbn.nnx, which leave it to Flax"
+        raise TypeError(f"x has dtype {dtype.name}, expected one of {', '.join(FLOATS)}: {remedy}")
+    x = jnp.asarray(x)
+    if x.ndim == 0:
+        raise ValueError("x is a scalar, expected rank >= 1 with channels along `axis`: add axes, e.g. x[None, None]")
+    return x
+
+
+def check_axis(axis, x) -> int:
+    """The position of the channel axis, ≥ 0."""
+    try:
+        position = operator.index(axis)
+    except TypeError:
+        raise TypeError(
+            f"axis is {axis!r}, expected one integer: move or reshape several channel axes into one"
+        ) from None
+    if not -x.ndim <= position < x.ndim:
+        raise ValueError(
+            f"axis is {axis}, out of range for x of shape {x.shape}: give one of {-x.ndim} to {x.ndim - 1}"
+        )
+    return position % x.ndim
+
+
+def check_mask(mask, x):
+    """The mask as a bool array of x's rank, or None."""
+    if mask is None:
+        return None
+    mask = jnp.asarray(mask)
+    if mask.dtype != bool:
+        raise TypeError(f"mask has dtype {mask.dtype.name}, expected bool: convert it, e.g. mask.astype(bool)")
+    if mask.ndim != x.ndim:
+        raise ValueError(
+            f"mask has shape {mask.shape}, of rank {mask.ndim}, expected rank {x.ndim} for x of shape {x.shape}: "
+            "add axes of size 1 where it is the same along x, e.g. mask[..., None]"
+        )
+    if any(m not in (1, n) for m, n in zip(mask.shape, x.shape, strict=True)):
+        raise ValueError(
+            f"mask has shape {mask.shape}, which does not broadcast to x of shape {x.shape}: give 1 or x's size"
+        )
+    return mask
+
+
+def check_residual(residual, x):
+    """The residual as a float array of x's shape, or None."""
+    if residual is None:
+        return None
+    dtype = jnp.result_type(residual)
+    if dtype.name not in FLOATS:
+        raise TypeError(f"residual has dtype {dtype.name}, expected one of {', '.join(FLOATS)}: cast it")
+    residual = jnp.asarray(residual)
+    if residual.shape != x.shape:
+        raise ValueError(f"residual has shape {residual.shape}, expected x's shape {x.shape}: broadcast it first")
+    return residual
+
+
+def check_vectors(name: str, value, kind: type, channels: int, x, axis):
+    """`params` or `state`: the NamedTuple `kind`, each vector a float array of shape (C,)."""
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"{name} is a {type(value).__name__}, expected jbn.{kind.__name__}: params come first, then state, "
+            "as jbn.bn_init returns them"
+        )
+    for field, vector in zip(value._fields, value, strict=True):
+        if vector is None and name == "params":
+            continue
+        dtype = "None" if vector is None else jnp.result_type(vector).name
+        if vector is None or dtype not in FLOATS:
+            raise TypeError(f"{name}.{field} has dtype {dtype}, expected one of {', '.join(FLOATS)}: cast it")
+        if jnp.shape(vector) != (channels,):
+            raise ValueError(
+                f"{name}.{field} has shape {jnp.shape(vector)}, expected ({channels},) for x of shape {x.shape} with "
+                f"axis={axis}: make it with jbn.bn_init({channels}), or give the axis of the channels"
+            )
+
+
+def check_activation(activation) -> str | None:
+    if callable(activation):
+        name = getattr(activation, "__name__", type(activation).__name__)
+        remedy = f"give its name, {name!r}" if name in ACTIVATIONS else "apply any other to the output of batch norm"
+        raise TypeError(
+            f"activation is the function {name}, expected None or one of {', '.join(ACTIVATIONS)}: {remedy}"
+        )
+    if activation is not None and activation not in tuple(ACTIVATIONS):
+        raise ValueError(
+            f"activation is {activation!r}, expected None or one of {', '.join(ACTIVATIONS)}: "
+            "apply any other to the output of batch norm"
+        )
+    return activation
+
+
+def check_dtype(dtype) -> jnp.dtype:
+    """A supported dtype (float64 counts as float32 while JAX has 64 bits off)."""
+    try:
+        known = jax.dtypes.canonicalize_dtype(dtype)
+    except TypeError:
+        raise TypeError(f"dtype is {dtype!r}, expected one of {', '.join(FLOATS)}: give one of these") from None
+    if known.name not in FLOATS:
+        raise TypeError(f"dtype is {known.name}, expected one of {', '.join(FLOATS)}: give one of these")
+    return known
+
+
+def check_positive(name: str, value, expected: str, remedy: str) -> int:
+    """An integer ≥ 1."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}, expected {expected}: {remedy}") from None
+    if number < 1:
+        raise ValueError(f"{name} is {value!r}, expected {expected}: {remedy}")
+    return number
+
+
+def check_implementation(implementation) -> None:
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation is {implementation!r}, expected None, 'xla' or 'triton': None chooses by itself"
+        )
+
+
+def check_between(name: str, value, low: float, high: float):
+    """A real scalar in [low, high]; checked where its value is known at tracing."""
+    bounds = f"in [{low:g}, {high:g}]" if math.isfinite(high) else f">= {low:g}"
+    if getattr(value, "shape", ()) != ():
+        raise ValueError(f"{name} has shape {value.shape}, expected a scalar: take one of its entries")
+    if isinstance(value, core.Tracer):
+        if jnp.issubdtype(value.dtype, jnp.integer):
+            return value.astype(float)
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise TypeError(f"{name} has dtype {value.dtype}, expected a real scalar: cast it")
+        return value
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} is {value!r}, expected a real number {bounds}: give one, or a float scalar") from None
+    if not low <= number <= high:
+        raise ValueError(f"{name} is {value}, expected a number {bounds}: give one")
+    return value
+
+
+def check_names(axis_name, groups) -> Sync:
+    """Who shares the statistics: the bound axis names, and their groups as tuples."""
+    names = () if axis_name is None else tuple(axis_name) if _several(axis_name) else (axis_name,)
+    for name in names:
+        if _several(name) or not isinstance(name, Hashable):
+            raise TypeError(
+                f"axis_name is {axis_name!r}, expected None, a name or a sequence of names: give e.g. 'data'"
+            )
+        if not bound(name):
+            raise ValueError(
+                f"axis_name has {name!r}, which is not bound here: call inside shard_map, pmap or "
+                f"vmap(axis_name={name!r}), or leave axis_name out (under jit with sharded arrays statistics are "
+                "global without it)"
+            )
+    if len(set(names)) != len(names):
+        raise ValueError(f"axis_name is {axis_name!r}, expected each name once: leave out the repeated one")
+    if groups is None:
+        return Sync.over(names)
+    if len(names) != 1:
+        raise ValueError(
+            f"axis_index_groups came with axis_name={axis_name!r}, expected exactly one name: groups index one axis"
+        )
+    try:
+        found = tuple(tuple(operator.index(i) for i in group) for group in groups)
+    except TypeError:
+        raise TypeError(
+            f"axis_index_groups is {groups!r}, expected lists of integers: give the indices of each group, e.g. "
+            "[[0, 1], [2, 3]]"
+        ) from None
+    size = lax.axis_size(names[0])
+    if sorted(i for group in found for i in group) != list(range(size)) or len({len(g) for g in found}) != 1:
+        raise ValueError(
+            f"axis_index_groups is {[list(g) for g in found]}, expected groups of one size that hold each index of "
+            f"axis {names[0]!r}, 0 to {size - 1}, once"
+        )
+    return Sync.over(names, found)
+
+
+def _several(axis_name) -> bool:
+    return isinstance(axis_name, Sequence) and not isinstance(axis_name, str)

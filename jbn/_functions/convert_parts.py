@@ -1,0 +1,142 @@
+"""What a PyTorch layer is, by its tensors: and what they leave open has to be said."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jbn._functions.convert_layers import inside
+
+Hint = Literal["dense", "norm", "embedding", "transposed"] | tuple[int, ...]
+TENSORS = ("weight", "bias")  # of a layer in a state_dict
+STATS = ("running_mean", "running_var", "num_batches_tracked")
+LEAVES = {  # of a layer in Flax
+    "batch norm": ("scale", "bias", "mean", "var"),
+    "norm": ("scale", "bias"),
+    "embedding": ("embedding",),
+    "dense": ("kernel", "bias"),
+    "convolution": ("kernel", "bias"),
+    "transposed": ("kernel", "bias"),
+}
+HINTS = {
+    "dense": ("dense",),
+    "norm": ("norm", "batch norm"),
+    "embedding": ("embedding",),
+    "transposed": ("transposed",),
+}
+FLAT = ("dense", "norm", "batch norm")  # what may see flattened feature maps
+
+
+class Part(NamedTuple):
+    """A layer, by its PyTorch name."""
+
+    prefix: str
+    role: str  # a key of LEAVES
+    inputs: int
+    outputs: int
+
+
+def part_of(state_dict: Mapping[str, Any], prefix: str, hint: Any) -> Part:
+    """What a PyTorch layer is, by what it has; refused where that leaves it open."""
+    at = inside(prefix)
+    shape = {name: np.shape(state_dict[at + name]) for name in (*TENSORS, *STATS) if at + name in state_dict}
+    seen = f"{at}weight has shape {shape.get('weight')}"
+    if stats := next((shape[name] for name in STATS[:2] if name in shape), None):
+        return checked_hint(Part(prefix, "batch norm", stats[0], stats[0]), hint)
+    if "weight" not in shape:
+        raise KeyError(f"state_dict has no {at + 'weight'!r}, expected by names")
+    first, *others = shape["weight"] or (1,)
+    if not others:
+        if hint != "norm" and not isinstance(hint, tuple):
+            raise ValueError(
+                f"{seen} and no running statistics: a layer or group norm is converted with hints={{{prefix!r}: "
+                "'norm'}; a batch norm with track_running_stats=False has no state, which Flax's needs"
+            )
+        return checked_hint(Part(prefix, "norm", first, first), hint)
+    if len(others) == 1 and hint == "embedding":
+        return Part(prefix, "embedding", first, others[0])
+    if len(others) == 1:
+        if "bias" not in shape and hint is None:
+            raise ValueError(
+                f"{seen} and there is no bias: nn.Linear(bias=False) and nn.Embedding look alike, give "
+                f"hints={{{prefix!r}: 'dense'}} or 'embedding'"
+            )
+        return checked_hint(Part(prefix, "dense", others[0], first), hint)
+    if hint == "transposed":
+        return Part(prefix, "transposed", first, others[0])
+    if shape.get("bias", (first,)) != (first,):
+        raise ValueError(
+            f"{seen} and the bias {shape['bias']}, as of a transposed convolution: give hints={{{prefix!r}: "
+            "'transposed'}"
+        )
+    return checked_hint(Part(prefix, "convolution", others[0], first), hint)
+
+
+def flax_role(leaves: Mapping[str, Any], hint: Any) -> str | None:
+    """What a Flax layer with these variables is."""
+    if "kernel" in leaves:
+        return "dense" if leaves["kernel"].ndim == 2 else "transposed" if hint == "transposed" else "convolution"
+    telling = {"mean": "batch norm", "embedding": "embedding", "scale": "norm"}
+    return next((role for leaf, role in telling.items() if leaf in leaves), None)
+
+
+def checked_hint(part: Part, hint: Any) -> Part:
+    """The part, if what was said of it can be."""
+    if isinstance(hint, tuple):
+        if part.role not in FLAT or np.prod(hint, dtype=int) != part.inputs or len(hint) < 2:
+            raise ValueError(
+                f"hints[{part.prefix!r}] is {hint}, sizes (C, *window) of what is flattened for a dense layer or norm, "
+                f"and {part.prefix} is a {part.role} of {part.inputs} inputs: give sizes whose product that is"
+            )
+    elif hint is not None and part.role not in HINTS[hint]:
+        raise ValueError(f"hints[{part.prefix!r}] is {hint!r}, and {part.prefix} is a {part.role}: leave it out")
+    return part
+
+
+def check_order(parts: Sequence[Part], hints: Mapping[str, Hint]) -> None:
+    """Refuses a layer that may see flattened feature maps, unless a hint says so or denies it."""
+    convolved, flat, before = False, False, None
+    for part, behind in zip(parts, [*parts[1:], None], strict=True):
+        rows = part.role == "dense" or (part.role in FLAT and (behind is None or behind.role == "dense"))
+        if rows and convolved and before and part.prefix not in hints and (flat or part.inputs != before.outputs):
+            deny = "dense" if part.role == "dense" else "norm"
+            raise ValueError(
+                f"{part.prefix} takes {part.inputs} features behind {before.prefix}, which gives {before.outputs}: "
+                "PyTorch flattens feature maps in the order (C, H, W), Flax in the order (H, W, C). Give "
+                f"hints={{{part.prefix!r}: (C, H, W)}} with their sizes if it sees flattened ones, else {deny!r}"
+            )
+        convolved |= part.role in ("convolution", "transposed")
+        flat = part.role != "dense" and isinstance(hints.get(part.prefix), tuple)  # a norm keeps the order
+        before = part
+
+
+def channels_last(value: Any, hint: Any) -> Any:
+    """The first axis, if the hint has its sizes, from (C, *window), flattened, to (*window, C)."""
+    if not isinstance(hint, tuple):
+        return value
+    return jnp.moveaxis(value.reshape(*hint, *value.shape[1:]), 0, len(hint) - 1).reshape(value.shape)
+
+
+def channels_first(value: Any, hint: Any) -> Any:
+    """The reverse of `channels_last`."""
+    if not isinstance(hint, tuple):
+        return value
+    channels, *window = hint
+    return np.moveaxis(value.reshape(*window, channels, *value.shape[1:]), len(window), 0).reshape(value.shape)
+
+
+def tensors_of(role: str) -> tuple[str, ...]:
+    return (*TENSORS, *STATS) if role == "batch norm" else TENSORS[:1] if role == "embedding" else TENSORS
+
+
+def check_hints(hints: Mapping[str, Any], names: Mapping[str, Any]) -> Mapping[str, Any]:
+    for prefix, hint in hints.items():
+        if prefix not in names:
+            raise ValueError(f"hints has {prefix!r}, which names has not: give hints of layers in names")
+        if not isinstance(hint, tuple) and hint not in HINTS:
+            words = ", ".join(map(repr, HINTS))
+            raise ValueError(
+                f"hints[{prefix!r}] is {hint!r}, expected one of {words} or sizes (C, H, W) of what is flat"
+            )
+    return hints

@@ -1,0 +1,1 @@
+"""The differentiable op: its transformations, how it is split over devices, and its implementations."""

@@ -1,0 +1,84 @@
+"""What the pieces of the op take: what is fixed at tracing, and the vectors of the affine map."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jbn._op.sync import Sync
+
+
+class Plan(NamedTuple):
+    """What is fixed at tracing; hashable."""
+
+    channel: int  # position of the channel axis in x
+    batch: int  # leading axes of x, each index of which is a batch of its own
+    count: int  # divides `Coefficients.spread` and sums; 1 where these are divided already
+    centred: bool  # statistics are x's own, so derivatives flow through them
+    activation: str | None
+    dtype: jnp.dtype  # of y
+    sync: Sync
+    sharded: bool  # whether `jit` may have split x over devices, by rules of our own
+    implementation: str | None  # "triton": kernels, or an error; else plain XLA
+
+    def batched(self, name) -> "Plan":
+        """The plan once a vmap, of an axis called `name` or None, has put one more batch axis in front."""
+        return self._replace(channel=self.channel + 1, batch=self.batch + 1, sync=self.sync.batched(name))
+
+
+class Coefficients(NamedTuple):
+    """The vectors of the affine map: y = scale · (x − mean) / √(spread / plan.count + epsilon) + bias."""
+
+    mean: jax.Array  # (*batch, C)
+    spread: jax.Array  # (*batch, C)
+    weight: jax.Array | None  # (*batch, C), 1 / count where the count is data and `spread` divided already
+    epsilon: jax.Array  # (*batch, 1)
+    scale: jax.Array | None  # (*batch, C)
+    bias: jax.Array | None  # (*batch, C)
+
+
+def rows(plan: Plan, ndim: int) -> tuple[int, ...]:
+    """The axes that a channel's statistics are taken over."""
+    return tuple(a for a in range(plan.batch, ndim) if a != plan.channel)
+
+
+def row_count(plan: Plan, x) -> int:
+    """How many values a channel of x has."""
+    return math.prod(x.shape[a] for a in rows(plan, x.ndim))
+
+
+def known_count(plan: Plan, x, like):
+    """`row_count`: an integer, or where that is symbolic data, of `like`'s shape and dtype."""
+    count = row_count(plan, x)
+    return count if isinstance(count, int) else jnp.full_like(like, count)
+
+
+def is_symbolic(shape) -> bool:
+    """Whether a dimension is known only to be some positive integer, as `jax.export` may have it."""
+    return not all(isinstance(n, int) for n in shape)
+
+
+def size_in_bytes(value) -> int:
+    """What an array, or a description of one, takes in memory."""
+    return math.prod(value.shape) * jnp.dtype(value.dtype).itemsize
+
+
+def in_megabytes(count: int) -> str:
+    """Bytes as they are told, of whatever size, exactly: "9.633792 MB", of 10⁶ bytes."""
+    return f"{count / 1e6:.6f}".rstrip("0").rstrip(".") + " MB"
+
+
+def compute_dtype(dtype) -> jnp.dtype:
+    """float32, or float64 for float64: what statistics and arithmetic use."""
+    return jnp.dtype("float64" if jnp.dtype(dtype) == jnp.float64 else "float32")
+
+
+def choose(condition, value, otherwise):
+    """`jnp.where`, over an explicit mesh too, where it asks that all three are sharded alike: as `value` is."""
+    sharding = jax.typeof(value).sharding
+    if any(entry is not None for entry in sharding.spec):
+        condition = jax.reshard(jnp.broadcast_to(condition, value.shape), sharding)
+        if jnp.ndim(otherwise):
+            otherwise = jax.reshard(jnp.broadcast_to(otherwise, value.shape), sharding)
+    return jnp.where(condition, value, otherwise)

@@ -1,0 +1,215 @@
+"""The arithmetic of batch norm in jax.numpy: one function per piece of the op.
+
+Shapes: x, residual, tangents and cotangents are `(*batch, *dims)` with the channels at `plan.channel`; vectors are
+`(*batch, C)`; a mask has x's rank and may be 1 along any axis. Arithmetic is float32, or float64 for float64.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jbn._op.activations import ACTIVATIONS
+from jbn._op.plan import Coefficients, Plan, choose, compute_dtype, rows
+from jbn._op.sync import add_across
+
+
+def moments(plan: Plan, x, mask):
+    """Σ over the rows of each channel: `mean, Σ(x − mean)²`, and the count before them where there is a mask.
+
+    Two passes after a shift by a value of the channel itself, so that nothing cancels: the mean is taken of
+    x − pivot, which is exact for a constant channel whatever the constant.
+    """
+    axes = rows(plan, x.ndim)
+    x = x.astype(compute_dtype(x.dtype))
+    if mask is None:
+        size = math.prod(x.shape[a] for a in axes)
+        pivot = lax.stop_gradient(typical_row(x, axes))  # the mean does not depend on it
+        mean = _vector(plan, pivot) + _vector(plan, _total(x - pivot, axes)) / max(size, 1)
+        m2 = _total(jnp.square(x - _spread(plan, mean, x.ndim)), axes)
+        return mean, _vector(plan, m2)
+    # what the mask is 1 along counts as often as x has entries there
+    repeats = math.prod(x.shape[a] for a in axes if mask.shape[a] == 1)
+    count = jnp.sum(mask, axes, keepdims=True, dtype=jnp.int32).astype(x.dtype) * repeats
+    pivot = jnp.max(x, axes, keepdims=True, where=mask, initial=-jnp.inf)
+    pivot = lax.stop_gradient(choose(count > 0, pivot, 0))
+    size = jnp.maximum(count, 1)
+    mean = pivot + _total(choose(mask, x - pivot, 0), axes) / size
+    # chosen before it is squared: the derivative of a square that is not chosen may be NaN
+    m2 = _total(jnp.square(choose(mask, x - mean, 0)), axes)
+    count = jnp.broadcast_to(count, mean.shape)
+    return tuple(_vector(plan, v) for v in (count, mean, m2))
+
+
+def apply(plan: Plan, x, coef: Coefficients, residual, mask=None):
+    """y = activation(scale · (x − mean) · rstd + bias + residual); at every position, so without the mask."""
+    del mask
+    return apply_masked(plan, x, coef, residual, None)
+
+
+def apply_masked(plan: Plan, x, coef: Coefficients, residual, mask):
+    """`apply` as derivatives see it: with x̂ = 0 at a masked position that is not finite."""
+    map_ = _map(plan, x, coef)
+    z = _linear(plan, _centred(x, map_, mask), map_, coef, residual, mask)
+    if plan.activation is not None:
+        z = ACTIVATIONS[plan.activation].value(z)
+    return (z.astype(plan.dtype),)
+
+
+def tangent(plan: Plan, x, coef: Coefficients, residual, mask, moved):
+    """The derivative of y along `moved = (ẋ, ṡcale, ḃias, ṙesidual)`, any of which may be None.
+
+    ẏ = activation'(z) · [scale · rstd · (ẋ − mean(ẋ) − x̂ · mean(x̂ · ẋ)) + x̂ · ṡcale + ḃias + ṙesidual], where the
+    means are taken over what the statistics were taken of; they vanish where the statistics are given.
+    """
+    dx, dscale, dbias, dresidual = moved
+    map_ = _map(plan, x, coef)
+    centred = _centred(x, map_, mask)
+    xhat = centred * map_.rstd
+    out = jnp.zeros_like(xhat)
+    if dx is not None:
+        dx = dx.astype(out.dtype)
+        if plan.centred:
+            axes = rows(plan, x.ndim)
+            seen = dx if mask is None else choose(mask, dx, 0)
+            sums = add_across(tuple(_vector(plan, _total(v, axes)) for v in (seen, seen * xhat)), plan.sync)
+            dx = dx - _projection(plan, coef, xhat, sums)
+        out += dx * map_.slope
+    if dscale is not None:
+        out += xhat * _spread(plan, dscale, x.ndim)
+    if dbias is not None:
+        out += _spread(plan, dbias, x.ndim)
+    if dresidual is not None:
+        out += dresidual.astype(out.dtype)
+    return (_through_activation(plan, out, centred, map_, coef, residual, mask).astype(plan.dtype),)
+
+
+def gradient_sums(plan: Plan, x, coef: Coefficients, residual, mask, dy):
+    """`Σ z̄, Σ z̄ · x̂` over the rows of each channel, where z̄ = activation'(z) · ȳ."""
+    dz, centred, rstd = cotangent(plan, x, coef, residual, mask, dy)
+    axes = rows(plan, x.ndim)
+    return _vector(plan, _total(dz, axes)), _vector(plan, _total(dz * centred, axes) * rstd)
+
+
+def cotangent(plan: Plan, x, coef: Coefficients, residual, mask, dy):
+    """z̄ = activation'(z) · ȳ, x − mean, and 1/std at x's rank."""
+    map_ = _map(plan, x, coef, jnp.greater_equal)
+    dy = _seen(x, dy, mask)
+    centred = _centred(x, map_, mask)
+    return _through_activation(plan, dy, centred, map_, coef, residual, mask), centred, map_.rstd
+
+
+def gradient_sums_keeping(plan: Plan, x, coef: Coefficients, residual, mask, dy):
+    """`gradient_sums`, and z̄ in the residual's dtype behind them."""
+    map_ = _map(plan, x, coef)
+    centred = _centred(x, map_, mask)
+    dz = _through_activation(plan, _seen(x, dy, mask), centred, map_, coef, residual, mask)
+    return *gradient_sums(plan._replace(activation=None), x, coef, None, mask, dz), dz.astype(residual.dtype)
+
+
+def gradient_input(plan: Plan, x, coef: Coefficients, residual, mask, dy, sums):
+    """x̄ = scale · rstd · (z̄ − [mask] · (Σz̄ + x̂ · Σz̄x̂) / count), and z̄ behind it where there is a residual."""
+    map_ = _map(plan, x, coef)
+    dy = _seen(x, dy, mask)
+    centred = _centred(x, map_, mask)
+    dz = dx = _through_activation(plan, dy, centred, map_, coef, residual, mask)
+    if plan.centred:
+        pull = _projection(plan, coef, centred * map_.rstd, sums)
+        dx = dz - (pull if mask is None else choose(mask, pull, 0))
+    dx = (dx * map_.slope).astype(x.dtype)
+    return (dx,) if residual is None else (dx, dz.astype(residual.dtype))
+
+
+class _Map(NamedTuple):
+    """The affine map at x's rank, 1 along the rows."""
+
+    mean: jax.Array
+    rstd: jax.Array
+    slope: jax.Array  # scale · rstd
+
+
+def _map(plan: Plan, x, coef: Coefficients, above=jnp.greater) -> _Map:
+    rstd = lax.rsqrt(coef.spread / plan.count + coef.epsilon)
+    slope = rstd if coef.scale is None else rstd * coef.scale
+    # The mean in any case. But XLA merges equal expressions, and x − mean, shared by a reduction and another pass, is
+    # then written to memory at x's size and read again; made to look different it is computed in either for nothing.
+    mean = choose(above(rstd, 0), coef.mean, 0)
+    return _Map(*(_spread(plan, v, x.ndim) for v in (mean, rstd, slope)))
+
+
+def _seen(x, dy, mask):
+    """ȳ; 0 where it is not finite because x, masked, is not: 0 · NaN of a loss that masks y after squaring it."""
+    if mask is None:
+        return dy
+    return choose(mask | jnp.isfinite(x) | jnp.isfinite(dy), dy, 0)
+
+
+def _centred(x, map_: _Map, mask):
+    """x − mean; 0 at a masked position that is not finite, so that it reaches no other in a derivative."""
+    x = x.astype(map_.mean.dtype)
+    if mask is not None:
+        x = choose(mask | jnp.isfinite(x), x, map_.mean)
+    return x - map_.mean
+
+
+def _linear(plan: Plan, centred, map_: _Map, coef: Coefficients, residual, mask):
+    """z: the value before the activation."""
+    z = centred * map_.slope
+    if coef.bias is not None:
+        z += _spread(plan, coef.bias, z.ndim)
+    if residual is not None:
+        residual = residual.astype(z.dtype)
+        z += residual if mask is None else choose(mask | jnp.isfinite(residual), residual, 0)
+    return z
+
+
+def _through_activation(plan: Plan, moved, centred, map_: _Map, coef: Coefficients, residual, mask):
+    """activation'(z) · moved."""
+    moved = moved.astype(centred.dtype)
+    if plan.activation is None:
+        return moved
+    return moved * ACTIVATIONS[plan.activation].slope(_linear(plan, centred, map_, coef, residual, mask))
+
+
+def _projection(plan: Plan, coef: Coefficients, xhat, sums):
+    """mean(v) + x̂ · mean(v · x̂), from the sums of v and v · x̂."""
+    first, second = (_spread(plan, _mean(plan, coef, v), xhat.ndim) for v in sums)
+    return first + xhat * second
+
+
+def _mean(plan: Plan, coef: Coefficients, total):
+    return total / plan.count if coef.weight is None else total * coef.weight
+
+
+def _spread(plan: Plan, vector, ndim: int):
+    """`(*batch, C)` → x's rank, 1 along the rows."""
+    return lax.expand_dims(vector, rows(plan, ndim))
+
+
+def _vector(plan: Plan, kept):
+    """x's rank, 1 along the rows → `(*batch, C)`."""
+    return lax.squeeze(kept, rows(plan, kept.ndim))
+
+
+def _total(values, axes):
+    return jnp.sum(values, axes, keepdims=True)
+
+
+def typical_row(x, axes):
+    """The median of the first, middle and last row: equal to a constant channel's value, and no single outlier."""
+    if any(jax.typeof(x).sharding.spec[a] is not None for a in axes):
+        return jnp.max(x, axes, keepdims=True)  # a row of an array sharded by an explicit mesh cannot be cut out
+    if any(x.shape[a] == 0 for a in axes):
+        return jnp.zeros([1 if a in axes else n for a, n in enumerate(x.shape)], x.dtype)
+
+    def row(place):
+        return lax.slice(
+            x,
+            [place(n) if a in axes else 0 for a, n in enumerate(x.shape)],
+            [place(n) + 1 if a in axes else n for a, n in enumerate(x.shape)],
+        )
+
+    first, middle, last = row(lambda n: 0), row(lambda n: n // 2), row(lambda n: n - 1)
+    return jnp.maximum(jnp.minimum(first, middle), jnp.minimum(jnp.maximum(first, middle), last))

@@ -1,0 +1,179 @@
+"""What the kernels compile to, for GPUs that need not be here: spills, accesses, registers; and how they lower."""
+
+import base64
+import re
+import zlib
+from collections import Counter
+from functools import partial
+
+import numpy as np
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import jax
+import jax.numpy as jnp
+import kept
+from compiled import described
+
+from experiments.benchmarks import binaries
+from experiments.benchmarks.binaries import DTYPES, REGISTERS, VIEWS, representative
+from experiments.framework.record import Options, Results
+from experiments.material import models
+from jbn.kernels.binaries import TARGETS, compile_launch
+from jbn.kernels.tiling import View
+from jbn.linen import BatchNorm
+
+
+@pytest.fixture(autouse=True)
+def kept_binaries(monkeypatch):
+    """Each is compiled once, for every test that looks at it."""
+
+    def once(launch, arrays, target):
+        key = "binary", *described(launch, arrays, target)
+        return kept.once(key, lambda: compile_launch(launch, arrays, target))
+
+    monkeypatch.setattr(binaries, "compile_launch", once)
+
+
+def check(layout, dtype, name, launch, binary):
+    where = (layout, dtype, name, binary)
+    assert binary.spilled == 0, where
+    if layout != "unaligned":
+        # per tile, x's loads and the output's stores; a mask's byte goes with two bytes of x
+        narrow = 8 if "mask" in name else 16
+        elements = launch.tiling.ROWS * launch.tiling.CHANNELS
+        accesses = elements * np.dtype(jnp.dtype(dtype)).itemsize // (launch.tiling.warps * 32 * 16)
+        assert sum(width == 16 for width in binary.loads) >= accesses, where
+        # of elements two or one byte wide there are only a mask's of rows
+        assert "mask of rows" in name or min(binary.loads) >= min(4, narrow), where
+        if name.startswith(("apply", "input")):
+            assert set(binary.stores) == {16}, where
+    if binary.target.startswith("sm_"):
+        threads = 32 * launch.tiling.warps
+        # allotted in steps of 8 a thread; what the tile choice counts on
+        allotted = -(-binary.registers // 8) * 8
+        assert allotted * threads * launch.resident <= REGISTERS, where
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", VIEWS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_binary(target, layout, dtype):
+    for row in binaries.compiled((target,), (layout,), (dtype,)):
+        check(*row)
+
+
+@pytest.mark.parametrize("view", [View(1, 2**22, 1024, 1), View(1, 2**10, 1024, 2**12)], ids=["last", "first"])
+def test_beyond_32_bits(view):
+    """x of 2³² elements: offsets have 64 bits, and what is checked above holds."""
+    for name, (launch, arrays) in representative(view, "bfloat16").items():
+        if name in ("moments", "apply", "sums, relu", "input, relu"):
+            assert launch.constants["WIDE"]
+            check("wide", "bfloat16", name, launch, compile_launch(launch, arrays, "sm_90"))
+
+
+def test_the_command_shows_every_binary(tmp_path):
+    results = Results("binaries")
+    binaries.run(Options(quick=True), results)
+    assert results.summary == {
+        "binaries": 13,
+        "spilling": 0,
+        "registers_most": max(r["registers"] for r in results.rows),
+    }
+    assert binaries.table(results).row_count == 13
+    assert binaries.widths((16, 4, 16)) == "16×2 4×1"
+    results.save(tmp_path, binaries.figure)
+
+
+def lowered(function, *arguments) -> tuple[str, list[str]]:
+    """Text for platform cuda, and the names of the kernels that it calls, in order."""
+    text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    calls = re.findall(r'@triton_kernel_call\(.*?backend_config = "(.*?)", ', text)
+    return text, [_kernel(call) for call in calls]
+
+
+def _kernel(config: str) -> str:
+    plain = re.sub(r"\\([0-9A-Fa-f]{2})", lambda m: chr(int(m.group(1), 16)), config.replace("\\\\", "\\5C"))
+    try:
+        packed = plain.encode("latin-1")
+        content = zlib.decompress(packed)
+    except zlib.error:
+        content = zlib.decompress(base64.b64decode(plain))
+    return re.search(rb"jbn_\w+?(?=\W)", content).group().decode()
+
+
+@pytest.mark.parametrize("shape, channel", [((4, 8, 8, 64), 3), ((4, 64, 8, 8), 1)])
+def test_lowering(shape, channel):
+    """Two launches forward, two backward, one for inference; x itself goes in, reshaped outputs come out."""
+    pytest.importorskip("jbn._op.jax_triton", reason="jax-triton is not installed", exc_type=ImportError)
+    from jbn._op import triton
+    from jbn._op.plan import Coefficients, Plan
+    from jbn._op.sync import Sync
+
+    runner = triton.Runner("cuda")
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    vector = jax.ShapeDtypeStruct((64,), jnp.float32)
+    epsilon = jax.ShapeDtypeStruct((1,), jnp.float32)
+    mask = jax.ShapeDtypeStruct((4, 1, 1, 1), jnp.bool)
+    plan = Plan(channel, 0, 256, True, "relu", jnp.dtype("bfloat16"), Sync(), sharded=False, implementation="triton")
+
+    def train(x, mask, epsilon, scale, bias, residual, dy):
+        _, mean, m2 = triton.moments(plan, x, mask, runner=runner)
+        coef = Coefficients(mean, m2, None, epsilon, scale, bias)
+        (y,) = triton.apply(plan, x, coef, residual, runner=runner)
+        *sums, dz = triton.gradient_sums_keeping(plan, x, coef, residual, mask, dy, runner=runner)
+        straight = plan._replace(activation=None)
+        (dx,) = triton.gradient_input(straight, x, coef, None, mask, dz, sums, runner=runner)
+        return y, dx, dz
+
+    def infer(x, mean, var, epsilon, scale, bias):
+        coef = Coefficients(mean, var, None, epsilon, scale, bias)
+        return triton.apply(plan._replace(count=1), x, coef, None, runner=runner)
+
+    text, kernels = lowered(train, x, mask, epsilon, vector, vector, x, x)
+    assert kernels == ["jbn_moments", "jbn_apply", "jbn_gradient_sums", "jbn_gradient_input"]
+    assert set(re.findall(r"stablehlo\.(\w+)", text)) == {"custom_call", "reshape"}
+    text, kernels = lowered(infer, x, vector, vector, epsilon, vector, vector)
+    assert kernels == ["jbn_apply"]
+    assert set(re.findall(r"stablehlo\.(\w+)", text)) == {"custom_call", "reshape"}
+
+
+def test_resnet_step(monkeypatch):
+    """ResNet-50's step lowers to two launches forward and two backward a norm, on x as the convolutions left it."""
+    pytest.importorskip("jbn._op.jax_triton", reason="jax-triton is not installed", exc_type=ImportError)
+    from jax_triton import triton_lib
+
+    def uncompiled(module, *_):  # what kernels compile to is looked at above
+        (name,) = re.findall(r"tt\.func public @(\w+)", str(module))
+        return triton_lib.CompilationResult("", name, shared_mem_bytes=0, ttgir=None, llir=None)
+
+    monkeypatch.setattr(triton_lib, "compile_ttir_inplace", uncompiled)
+    monkeypatch.setattr(triton_lib, "_COMPILED_KERNEL_CACHE", {})
+    norm = partial(BatchNorm, use_running_average=False, dtype=jnp.bfloat16, implementation="triton")
+    network = models.ResNet50(norm=norm, dtype=jnp.bfloat16, fused=True)
+    images = jnp.zeros((32, 224, 224, 3), jnp.bfloat16)
+    variables = jax.eval_shape(network.init, jax.random.key(0), images)
+
+    def step(variables, images):
+        def loss(params):
+            logits, updates = network.apply({**variables, "params": params}, images, mutable=["batch_stats"])
+            return (logits.astype(jnp.float32) ** 2).mean(), updates
+
+        (value, updates), gradient = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+        return jax.tree.map(lambda p, g: p - g, variables["params"], gradient), updates, value
+
+    text, kernels = lowered(step, variables, images)
+    names = ("jbn_moments", "jbn_apply", "jbn_gradient_sums", "jbn_gradient_input")
+    assert Counter(kernels) == dict.fromkeys(names, 53)
+    large = Counter(re.findall(r"stablehlo\.(\w+).*-> tensor<32x\d+x\d+x\d+x(bf16|f32)>", text))
+    # nothing but reshapes stands between convolutions and kernels; a sum is of a block's two cotangents
+    assert {kind for kind, dtype in large if dtype == "bf16"} <= {
+        "convolution", "reshape", "add", "pad", "slice", "convert", "broadcast_in_dim",
+    }  # fmt: skip
+    # the mean over positions, in float32, and its cotangent
+    assert {key: n for key, n in large.items() if key[1] == "f32" or key[0] == "convert"} == {
+        ("convert", "f32"): 1,
+        ("broadcast_in_dim", "f32"): 1,
+        ("convert", "bf16"): 1,
+    }

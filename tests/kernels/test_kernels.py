@@ -1,0 +1,320 @@
+"""The Triton kernels, every option against NumPy float64.
+
+They run in Triton's interpreter, and again compiled, their PTX on `machine`; with JBN_TEST_GPU=1 on a GPU instead.
+"""
+
+from functools import partial
+from itertools import cycle, product
+
+import numpy as np
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import compiled
+import device
+import interpreter
+import ml_dtypes
+import oracle
+import problems
+from driver import ON_GPU
+from problems import DTYPES, EPSILON, Drawn, check, cut, epsilon, execute, run_apply, run_moments
+
+from jbn.kernels import launches
+from jbn.kernels.launches import Mask
+from jbn.kernels.tiling import Tiling, View
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # masked NaN and overflow, in NumPy
+
+
+def interpret(launch, arrays, outputs):
+    interpreter.run(launch.kernel, launch.programs, *arrays, *launch.numbers, *outputs, **launch.constants)
+
+
+RUN = {"gpu": device.run} if ON_GPU else {"interpreted": interpret, "compiled": compiled.run}
+
+
+@pytest.fixture(autouse=True, params=RUN)
+def where(request, monkeypatch):
+    monkeypatch.setattr(problems, "run", RUN[request.param])
+    return request.param
+
+
+LAYOUTS = {"last": View(1, 150, 11, 1), "first": View(1, 6, 11, 25)}
+ACTIVATIONS = [None, "relu", "relu6", "leaky_relu", "silu", "hard_swish"]
+
+
+def crossed(these, those):
+    """(where, one of these, one of those): all pairs, but compiled, which takes a second, those in turn."""
+    every = [(where, *pair) for where in RUN if where != "compiled" for pair in product(these, those)]
+    return every + [("compiled", *pair) for pair in zip(these, cycle(those), strict=False) if "compiled" in RUN]
+
+
+@pytest.mark.parametrize("where, residual, layout", crossed([False, True], LAYOUTS), indirect=["where"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(layout, activation, residual):
+    check(Drawn(LAYOUTS[layout], residual=residual, activation=activation), keep=residual)
+
+
+PARAMETERS = {"scale": (True, False), "bias": (False, True), "neither": (False, False)}
+
+
+@pytest.mark.parametrize("where, parameters, layout", crossed(PARAMETERS, LAYOUTS), indirect=["where"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtypes_and_parameters(layout, dtype, parameters):
+    scale, bias = PARAMETERS[parameters]
+    check(Drawn(LAYOUTS[layout], dtype, residual=True, activation="relu", scale=scale, bias=bias))
+
+
+MASKS = {
+    "full": (View(2, 50, 5, 1), Mask("full")),
+    "full, one for all batches": (View(2, 50, 5, 1), Mask("full", shared=True)),
+    "full, channels first": (View(2, 5, 5, 30), Mask("full")),
+    "rows": (View(2, 150, 5, 1), Mask("rows", period=150)),
+    "examples": (View(2, 150, 5, 1), Mask("rows", divisor=10, period=15)),
+    "last of the axes, one for all": (View(2, 150, 5, 1), Mask("rows", shared=True, period=10)),
+    "examples, channels first": (View(1, 6, 5, 25), Mask("rows", divisor=25, period=6)),
+    "positions, channels first": (View(1, 6, 5, 25), Mask("rows", period=25)),
+}
+
+
+@pytest.mark.parametrize("where, name, splits", crossed(MASKS, [1, 3]), indirect=["where"])
+def test_masks(name, splits):
+    """With a channel, or a batch, that the mask hides altogether, and NaN and Inf at some that it hides."""
+    view, mask = MASKS[name]
+    drawn = Drawn(view, mask=mask, residual=True, activation="silu")
+    if mask.kind == "full":
+        drawn.mask[:, :, -1] = False
+    elif not mask.shared:
+        drawn.mask[-1] = False
+    hidden = np.flatnonzero(~drawn.seen)
+    drawn.x.reshape(-1)[hidden[0::6]] = np.nan
+    drawn.dy.reshape(-1)[hidden[0::6]] = np.nan  # 0 · NaN of a loss that masks y after squaring it
+    drawn.x.reshape(-1)[hidden[1::6]] = np.inf
+    drawn.residual.reshape(-1)[hidden[2::6]] = -np.inf
+    check(drawn, cut(view, splits))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 65, 127, 1000])
+@pytest.mark.parametrize("rows", [1, 2, 49])
+def test_ragged(channels, rows, where):
+    # two values may be close to each other: then their std is small beside the rounding of their mean; of one value
+    # 1/std is 30, and what should be z̄ - z̄ is, compiled, a fused product's rounding
+    factor = 8 if rows == 2 or (rows == 1 and where != "interpreted") else 1
+    for view in (View(1, rows, channels, 1), View(1, 1, channels, rows)):
+        check(Drawn(view, activation="silu"), cut(view, 2, 32, 128), factor=factor)
+
+
+def test_many_rows():
+    """Enough programs for several steps of the merge, 16 in each; the last one has a row too few."""
+    rows = 49 * 32 - 1
+    for view in (View(1, rows, 60, 1), View(1, 1, 60, rows)):
+        check(Drawn(view, activation="silu"), Tiling(32, 64, 40, 8))
+
+
+@pytest.mark.parametrize("layout", ["last", "first"])
+def test_wide_offsets(layout):
+    """The same with 64-bit offsets, which the shape does not ask for."""
+    drawn = Drawn(LAYOUTS[layout]._replace(batch=2), mask=Mask("full"))
+    tiling = cut(drawn.view)
+    mean, spread, _ = drawn.coefficients()
+    vectors = mean, spread, epsilon(drawn), drawn.scale, drawn.bias
+    for launch, arrays in [
+        (launches.moments(drawn.problem(), 132, tiling), (drawn.x, drawn.mask)),
+        (
+            launches.gradient_input(drawn.problem(), "float32", None, 132, tiling),
+            (drawn.x, *vectors, None, None, drawn.mask, drawn.dy, mean, mean),
+        ),
+    ]:
+        narrow = execute(launch, *arrays)
+        wide = execute(launch._replace(constants=launch.constants | dict(WIDE=True)), *arrays)
+        for a, b in zip(narrow, wide, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_offsets_beyond_32_bits():
+    """Whether they are asked for."""
+    tiling = Tiling(64, 64, 132, 8)
+    assert not launches.needs_wide_offsets(View(1, 2**20, 1024, 1), tiling)
+    assert launches.needs_wide_offsets(View(1, 2**21, 1024, 1), tiling)
+    assert launches.needs_wide_offsets(View(1, 2**11, 1024, 2**10), tiling)
+    assert launches.needs_wide_offsets(View(2**21, 1, 1024, 1), tiling)
+
+
+def test_given_statistics():
+    """Inference: x̄ = scale · rstd · z̄, which reads no x without an activation."""
+    for activation in (None, "silu"):
+        drawn = Drawn(LAYOUTS["last"], activation=activation)
+        mean, var = drawn.running
+        problem = drawn.problem(count=1, centred=False)
+        vectors = (mean, var, epsilon(drawn), drawn.scale, drawn.bias)
+        tiling = cut(drawn.view)
+        options = dict(axis=1, epsilon=EPSILON, activation=activation)
+        parameters = drawn.scale[0], drawn.bias[0], mean[0], var[0]
+        (y,) = execute(launches.apply(problem, "float32", 132, tiling), drawn.x, *vectors, None)
+        oracle.assert_close(y[0], oracle.bn_eval(drawn.x[0], *parameters, **options), axis=1)
+        x = drawn.x if activation else None
+        launch = launches.gradient_input(problem, "float32", None, 132, tiling)
+        dx, _ = execute(launch, x, *vectors, None, None, None, drawn.dy, None, None)
+        oracle.assert_close(dx[0], oracle.bn_eval_grads(drawn.dy[0], drawn.x[0], *parameters, **options)["x"], axis=1)
+
+
+def test_output_dtype():
+    drawn = Drawn(LAYOUTS["last"], "float32")
+    y = run_apply(drawn, cut(drawn.view), "bfloat16")
+    assert y.dtype == ml_dtypes.bfloat16
+    oracle.assert_close(y, drawn.forward(), axis=2)
+
+
+@pytest.mark.parametrize("layout", ["last", "first"])
+@pytest.mark.parametrize("mask", [None, Mask("full")])
+def test_large_mean(layout, mask, where):
+    """|mean| / std = 1e4: the variance is within 1e-3, interpreted ten times closer, by a GPU's division three."""
+    view = View(1, 4096, 8, 1) if layout == "last" else View(1, 16, 8, 256)
+    drawn = Drawn(view, mask=mask)
+    drawn.x = np.random.default_rng(1).normal(1e4, 1, view).astype(np.float32)
+    for splits in (1, 5):
+        _, mean, m2 = run_moments(drawn, Tiling(64, 8, splits, 4))
+        wanted = drawn.moments()
+        np.testing.assert_allclose(mean, wanted[1], rtol=3e-7)
+        np.testing.assert_allclose(m2, wanted[2], rtol=1e-4 if where == "interpreted" else 3e-4)
+
+
+@pytest.mark.parametrize("row", [0, 4095])
+@pytest.mark.parametrize("value", [1e6, -1e6])
+def test_outlier(row, value):
+    drawn = Drawn(View(1, 4096, 8, 1))
+    drawn.x[0, row] = value
+    for splits in (1, 64):
+        _, mean, m2 = run_moments(drawn, Tiling(64, 8, splits, 4))
+        _, mean64, m264 = drawn.moments()
+        std = np.sqrt(m264 / 4096)
+        assert np.max(np.abs(mean - mean64) / std) < 1e-6
+        np.testing.assert_allclose(m2, m264, rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -7.3, 1e10, 3e38, -3e38])
+@pytest.mark.parametrize("mask", [None, Mask("full"), Mask("rows", period=300)])
+def test_constant_channels(value, mask):
+    """Exactly: the mean is the value and the variance 0, whatever masked positions hold."""
+    drawn = Drawn(View(1, 300, 8, 1), mask=mask)
+    drawn.x[:] = np.where(drawn.seen, np.float32(value), np.nan)
+    for splits in (1, 3):
+        _, mean, m2 = run_moments(drawn, Tiling(32, 8, splits, 4))
+        np.testing.assert_array_equal(mean, np.full_like(mean, np.float32(value)))
+        np.testing.assert_array_equal(m2, np.zeros_like(m2))
+
+
+def test_not_finite():
+    """A NaN that is not masked makes its own channel NaN, and no other."""
+    drawn = Drawn(View(1, 300, 8, 1))
+    drawn.x[0, 7, 2] = np.nan
+    _, mean, m2 = run_moments(drawn, cut(drawn.view))
+    for vector in (mean, m2):
+        np.testing.assert_array_equal(np.isnan(vector[0]), np.arange(8) == 2)
+    np.testing.assert_array_equal(np.isnan(run_apply(drawn, cut(drawn.view))[0, :, 2]).all(), True)
+
+
+def test_chosen_tilings():
+    """What `choose` gives for real shapes works too, here for small ones and few processors."""
+    for view in (View(3, 300, 40, 1), View(1, 2, 40, 300), View(7, 2, 100, 1), View(1, 700, 24, 1)):
+        for dtype in DTYPES:
+            drawn = Drawn(view, dtype)
+            _, mean, m2 = execute(launches.moments(drawn.problem(), 4), drawn.x, None)[:3]
+            wanted = drawn.moments()
+            oracle.assert_moments((mean, m2), wanted, n=view.rows)
+
+
+PIECES = {  # shape, channel, leading batch axes, shape of the mask
+    "channels last": ((6, 5, 4, 3), 3, 0, None),
+    "channels first": ((6, 3, 5, 4), 1, 0, None),
+    "no rows but one axis": ((40,), 0, 0, None),
+    "batches": ((2, 3, 8, 5), 3, 2, None),
+    "full mask": ((6, 5, 3), 2, 0, (6, 5, 3)),
+    "mask of examples": ((6, 5, 4, 3), 3, 0, (6, 1, 1, 1)),
+    "mask of steps": ((6, 5, 3), 2, 0, (1, 5, 1)),
+    "mask of two axes": ((6, 5, 4, 3), 3, 0, (6, 5, 1, 1)),
+    "mask with a gap": ((6, 5, 4, 3), 3, 0, (6, 1, 4, 1)),
+    "mask of channels": ((6, 5, 3), 2, 0, (1, 1, 3)),
+    "mask of nothing": ((6, 5, 3), 2, 0, (1, 1, 1)),
+    "mask of examples, channels first": ((6, 3, 5, 4), 1, 0, (6, 1, 1, 1)),
+    "mask of positions, channels first": ((6, 3, 5, 4), 1, 0, (1, 1, 5, 4)),
+    "mask of all but channels, channels first": ((6, 3, 5, 4), 1, 0, (6, 1, 5, 4)),
+    "one mask for all batches": ((2, 6, 5, 3), 3, 1, (1, 6, 1, 1)),
+    "a mask for each batch": ((2, 6, 5, 3), 3, 1, (2, 6, 1, 1)),
+    "a mask that varies by one of two batch axes": ((2, 3, 6, 5), 3, 2, (2, 1, 6, 1)),
+    "one channel": ((6, 5, 1), 2, 0, (6, 1, 1)),
+}
+
+
+# not compiled: what the kernels themselves make of such launches is above, and test_functional has whole ops compiled
+@pytest.mark.parametrize("where", ["gpu" if ON_GPU else "interpreted"], indirect=True)
+@pytest.mark.parametrize("name", PIECES)
+def test_pieces(name):
+    """`jbn._op.triton` against `jbn._op.xla`: how arrays of any rank lie in memory, and masks of any shape."""
+    import jax
+    import jax.numpy as jnp
+
+    from jbn._op import triton, xla
+    from jbn._op.plan import Coefficients, Plan
+    from jbn._op.sync import Sync
+
+    class Interpreter(triton.Runner):
+        def __call__(self, launch, *arrays):
+            return [jnp.asarray(v) for v in execute(launch, *map(np.asarray, arrays))]
+
+    def kernel(name, plan, *operands):
+        if ON_GPU:
+            return jax.jit(partial(triton.piece(name, "cuda"), plan))(*operands)
+        return getattr(triton, name)(plan, *operands, runner=Interpreter("cuda"))
+
+    def reference(name, plan, *operands):
+        return jax.jit(partial(getattr(xla, name), plan))(*operands)
+
+    shape, channel, batch, mask_shape = PIECES[name]
+    rng = np.random.default_rng(0)
+    x, residual, dy = (jnp.asarray(rng.normal(1, 2, shape), jnp.float32) for _ in range(3))
+    mask = None if mask_shape is None else jnp.asarray(rng.random(mask_shape) < 0.7)
+    vector = (*shape[:batch], shape[channel])
+    rows = x.size // int(np.prod(vector))
+    plan = Plan(
+        channel,
+        batch,
+        count=rows if mask is None else 1,
+        centred=True,
+        activation="silu",
+        dtype=jnp.dtype("float32"),
+        sync=Sync(),
+        sharded=False,
+        implementation="triton",
+    )
+
+    def same(got, want):
+        assert len(got) == len(want)
+        for a, b in zip(got, want, strict=True):
+            assert a.dtype == b.dtype
+            # of a single row the variance is 0, and 1/std is 30 times that of others
+            oracle.assert_close(a, b, n=rows, factor=2 if rows > 1 else 60)
+
+    seen = reference("moments", plan, x, mask)
+    same(kernel("moments", plan, x, mask), seen)
+    mean, m2 = seen[-2:]
+    weight = None if mask is None else 1 / jnp.maximum(seen[0], 1)
+    scale, bias = (jnp.asarray(rng.uniform(0.5, 1, vector), jnp.float32) for _ in range(2))
+    epsilons = jnp.full((*shape[:batch], 1), EPSILON, jnp.float32)
+    coef = Coefficients(mean, m2 if weight is None else m2 * weight, weight, epsilons, scale, bias)
+    for r in (None, residual):
+        same(kernel("apply", plan, x, coef, r), reference("apply", plan, x, coef, r))
+        sums = reference("gradient_sums", plan, x, coef, r, mask, dy)
+        same(kernel("gradient_sums", plan, x, coef, r, mask, dy), sums)
+        want = reference("gradient_input", plan, x, coef, r, mask, dy, sums)
+        same(kernel("gradient_input", plan, x, coef, r, mask, dy, sums), want)
+        if r is not None:
+            kept = reference("gradient_sums_keeping", plan, x, coef, r, mask, dy)
+            same(kernel("gradient_sums_keeping", plan, x, coef, r, mask, dy), kept)
+            *sums, dz = kept
+            (dx,) = kernel("gradient_input", plan._replace(activation=None), x, coef, None, mask, dz, sums)
+            same((dx, dz), want)
+    given = plan._replace(centred=False, count=1)
+    want = reference("gradient_input", given, x, coef, None, mask, dy, ())
+    same(kernel("gradient_input", given, x, coef, None, mask, dy, ()), want)

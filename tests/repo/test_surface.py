@@ -1,0 +1,36 @@
+"""What users see of the package: its names, and that they are there without an import of their own."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import jbn
+import jbn.linen
+import jbn.nnx
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("module", [jbn, jbn.linen, jbn.nnx], ids=lambda module: module.__name__)
+def test_dir_shows_what_is_public_and_no_more(module):
+    shown = set(dir(module)) - {"__version__", "linen", "nnx"}
+    assert shown == set(module.__all__)
+    for name in module.__all__:
+        assert getattr(module, name).__doc__
+
+
+def test_flax_is_imported_when_a_module_is_asked_for():
+    code = "import sys, jbn; a = 'flax' in sys.modules; print(a, jbn.linen.BatchNorm.__name__, jbn.nnx.fold.__name__)"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert out.stdout.split() == ["False", "BatchNorm", "fold"]
+    with pytest.raises(AttributeError, match="module 'jbn' has no attribute 'torch'"):
+        jbn.torch  # noqa: B018
+
+
+def test_the_version_stands_in_one_place():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["project"]["dynamic"] == ["version"]
+    assert jbn.__version__.count(".") == 2
