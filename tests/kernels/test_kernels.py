@@ -268,9 +268,6 @@ def test_pieces(name):
             return jax.jit(partial(triton.piece(name, "cuda"), plan))(*operands)
         return getattr(triton, name)(plan, *operands, runner=Interpreter("cuda"))
 
-    def reference(name, plan, *operands):
-        return jax.jit(partial(getattr(xla, name), plan))(*operands)
-
     shape, channel, batch, mask_shape = PIECES[name]
     rng = np.random.default_rng(0)
     x, residual, dy = (jnp.asarray(rng.normal(1, 2, shape), jnp.float32) for _ in range(3))
@@ -296,25 +293,32 @@ def test_pieces(name):
             # of a single row the variance is 0, and 1/std is 30 times that of others
             oracle.assert_close(a, b, n=rows, factor=2 if rows > 1 else 60)
 
-    seen = reference("moments", plan, x, mask)
-    same(kernel("moments", plan, x, mask), seen)
-    mean, m2 = seen[-2:]
-    weight = None if mask is None else 1 / jnp.maximum(seen[0], 1)
     scale, bias = (jnp.asarray(rng.uniform(0.5, 1, vector), jnp.float32) for _ in range(2))
     epsilons = jnp.full((*shape[:batch], 1), EPSILON, jnp.float32)
-    coef = Coefficients(mean, m2 if weight is None else m2 * weight, weight, epsilons, scale, bias)
-    for r in (None, residual):
-        same(kernel("apply", plan, x, coef, r), reference("apply", plan, x, coef, r))
-        sums = reference("gradient_sums", plan, x, coef, r, mask, dy)
-        same(kernel("gradient_sums", plan, x, coef, r, mask, dy), sums)
-        want = reference("gradient_input", plan, x, coef, r, mask, dy, sums)
-        same(kernel("gradient_input", plan, x, coef, r, mask, dy, sums), want)
-        if r is not None:
-            kept = reference("gradient_sums_keeping", plan, x, coef, r, mask, dy)
-            same(kernel("gradient_sums_keeping", plan, x, coef, r, mask, dy), kept)
-            *sums, dz = kept
-            (dx,) = kernel("gradient_input", plan._replace(activation=None), x, coef, None, mask, dz, sums)
-            same((dx, dz), want)
     given = plan._replace(centred=False, count=1)
-    want = reference("gradient_input", given, x, coef, None, mask, dy, ())
-    same(kernel("gradient_input", given, x, coef, None, mask, dy, ()), want)
+
+    @jax.jit
+    def reference(x, residual, mask, dy, scale, bias, epsilons):
+        moments = _xla.moments(plan, x, mask)
+        mean, m2 = moments[-2:]
+        weight = None if mask is None else 1 / jnp.maximum(moments[0], 1)
+        coef = Coefficients(mean, m2 if weight is None else m2 * weight, weight, epsilons, scale, bias)
+        each = []
+        for r in (None, residual):
+            sums = _xla.gradient_sums(plan, x, coef, r, mask, dy)
+            dx = _xla.gradient_input(plan, x, coef, r, mask, dy, sums)
+            each.append((r, _xla.apply(plan, x, coef, r), sums, dx))
+        kept = _xla.gradient_sums_keeping(plan, x, coef, residual, mask, dy)
+        return moments, coef, each, kept, _xla.gradient_input(given, x, coef, None, mask, dy, ())
+
+    moments, coef, each, kept, wanted = reference(x, residual, mask, dy, scale, bias, epsilons)
+    same(kernel("moments", plan, x, mask), moments)
+    for r, y, sums, dx in each:
+        same(kernel("apply", plan, x, coef, r), y)
+        same(kernel("gradient_sums", plan, x, coef, r, mask, dy), sums)
+        same(kernel("gradient_input", plan, x, coef, r, mask, dy, sums), dx)
+    same(kernel("gradient_sums_keeping", plan, x, coef, residual, mask, dy), kept)
+    *sums, dz = kept
+    (dx,) = kernel("gradient_input", plan._replace(activation=None), x, coef, None, mask, dz, sums)
+    same((dx, dz), each[1][3])
+    same(kernel("gradient_input", given, x, coef, None, mask, dy, ()), wanted)
