@@ -176,7 +176,7 @@ def test_one_element_reaches_what_depends_on_it(name, implementation):
 
     phases = [Phase.generate] if few else [Phase.generate, Phase.shrink]
 
-    @settings(max_examples=5 if few else 40, deadline=None, database=None, derandomize=True, phases=phases)
+    @settings(max_examples=4 if few else 25, deadline=None, database=None, derandomize=True, phases=phases)
     @given(drawn(kind, case))
     def holds(faults):
         check(kind, case, implementation, faults)
