@@ -48,7 +48,11 @@ def load_cotangent(
             if MASK != "none":
                 residual = tl.where(seen | is_finite(residual), residual, 0.0)
             z += residual
-        dz *= slope_of(z, ACTIVATION)
+        slope_here = slope_of(z, ACTIVATION)
+        if ACTIVATION == "relu" or ACTIVATION == "relu6":
+            dz = tl.where(slope_here > 0, dz, 0.0)  # what is not let through is not even NaN
+        else:
+            dz *= slope_here
     return dz, centred, offset, inside, seen
 
 

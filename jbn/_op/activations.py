@@ -11,7 +11,7 @@ LEAK = 0.01  # slope of leaky_relu below zero, as in Flax and PyTorch
 
 class Activation(NamedTuple):
     value: Callable[[jax.Array], jax.Array]
-    slope: Callable[[jax.Array], jax.Array]
+    slope: Callable[[jax.Array], jax.Array]  # bool where it is 0 or 1: what is not let through is not even NaN
 
 
 def _silu_slope(z):
@@ -24,8 +24,8 @@ def _hard_swish_slope(z):
 
 
 ACTIVATIONS = {
-    "relu": Activation(lambda z: jnp.maximum(z, 0), lambda z: (z > 0).astype(z.dtype)),
-    "relu6": Activation(lambda z: jnp.clip(z, 0, 6), lambda z: ((z > 0) & (z < 6)).astype(z.dtype)),
+    "relu": Activation(lambda z: jnp.maximum(z, 0), lambda z: z > 0),
+    "relu6": Activation(lambda z: jnp.clip(z, 0, 6), lambda z: (z > 0) & (z < 6)),
     "leaky_relu": Activation(
         lambda z: jnp.where(z > 0, z, LEAK * z), lambda z: jnp.where(z > 0, 1, LEAK).astype(z.dtype)
     ),

@@ -170,7 +170,8 @@ def _through_activation(plan: Plan, moved, centred, map_: _Map, coef: Coefficien
     moved = moved.astype(centred.dtype)
     if plan.activation is None:
         return moved
-    return moved * ACTIVATIONS[plan.activation].slope(_linear(plan, centred, map_, coef, residual, mask))
+    slope = ACTIVATIONS[plan.activation].slope(_linear(plan, centred, map_, coef, residual, mask))
+    return choose(slope, moved, 0) if slope.dtype == bool else moved * slope
 
 
 def _projection(plan: Plan, coef: Coefficients, xhat, sums):

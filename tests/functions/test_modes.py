@@ -202,7 +202,8 @@ def test_call_by_call(data, plain):
     little, large = data
     with jax.disable_jit(), jax.debug_nans(True):
         for name, f in (BOTH | ONCE).items():
-            check(f(little), plain[2][name])
+            if name not in ("second derivative", "virtual, mask"):  # a hundred programs each
+                check(f(little), plain[2][name])
         name = "train, gradients, large"  # the pieces' own programs are as with jit
         check(LARGE_JOBS[name](large), plain[2][name])
 

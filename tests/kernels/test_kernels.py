@@ -299,17 +299,17 @@ def test_pieces(name):
 
     @jax.jit
     def reference(x, residual, mask, dy, scale, bias, epsilons):
-        moments = _xla.moments(plan, x, mask)
+        moments = xla.moments(plan, x, mask)
         mean, m2 = moments[-2:]
         weight = None if mask is None else 1 / jnp.maximum(moments[0], 1)
         coef = Coefficients(mean, m2 if weight is None else m2 * weight, weight, epsilons, scale, bias)
         each = []
         for r in (None, residual):
-            sums = _xla.gradient_sums(plan, x, coef, r, mask, dy)
-            dx = _xla.gradient_input(plan, x, coef, r, mask, dy, sums)
-            each.append((r, _xla.apply(plan, x, coef, r), sums, dx))
-        kept = _xla.gradient_sums_keeping(plan, x, coef, residual, mask, dy)
-        return moments, coef, each, kept, _xla.gradient_input(given, x, coef, None, mask, dy, ())
+            sums = xla.gradient_sums(plan, x, coef, r, mask, dy)
+            dx = xla.gradient_input(plan, x, coef, r, mask, dy, sums)
+            each.append((r, xla.apply(plan, x, coef, r), sums, dx))
+        kept = xla.gradient_sums_keeping(plan, x, coef, residual, mask, dy)
+        return moments, coef, each, kept, xla.gradient_input(given, x, coef, None, mask, dy, ())
 
     moments, coef, each, kept, wanted = reference(x, residual, mask, dy, scale, bias, epsilons)
     same(kernel("moments", plan, x, mask), moments)

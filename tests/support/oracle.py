@@ -92,22 +92,27 @@ def bn_train_grads(
     residual=None,
     activation=None,
     virtual_batch_size=None,
+    given=False,
 ):
     """Gradients of sum(dy * y) with respect to x, scale, bias and residual.
 
     With g = dy·act'(z), r = scale/std and sums over all n' normalised positions of a channel,
-    dx = r·(g − valid/n·(Σg + x̂·Σg·x̂)): every position is normalised, only valid ones moved the statistics.
+    dx = r·(g − valid/n·(Σg + x̂·Σg·x̂)): every position is normalised, only valid ones moved the statistics; `given`
+    if none did because there is no mask but other statistics.
     """
     x, scale, bias, mean, var, residual, dy = map(f64, (x, scale, bias, mean, var, residual, dy))
     with np.errstate(invalid="ignore", over="ignore"):
         xhat, rstd, n, valid = _normalized(x, mean, var, axis, epsilon, mask, virtual_batch_size)
-        xhat = np.where(valid | np.isfinite(xhat), xhat, 0)  # a masked NaN or Inf is nothing in derivatives
+        if not given:  # a masked NaN or Inf is nothing in derivatives
+            xhat = np.where(valid | np.isfinite(_grouped(x, axis, virtual_batch_size)), xhat, 0)
         z = _back(_affine(xhat, scale, bias), x, axis) + (0 if residual is None else residual)
         dz = dy * ACTIVATIONS[activation][1](z)
+        if activation in ("relu", "relu6"):  # which lets through or not: what it does not is not even NaN
+            dz = np.where(ACTIVATIONS[activation][1](z) > 0, dz, 0)
     g = _grouped(dz, axis, virtual_batch_size)
     sum_g, sum_gx = g.sum(1, keepdims=True), (g * xhat).sum(1, keepdims=True)
     r = rstd * (1 if scale is None else scale)
-    dx = r * (g - valid / np.maximum(n, 1) * (sum_g + xhat * sum_gx))
+    dx = r * (g - np.where(valid, (sum_g + xhat * sum_gx) / np.maximum(n, 1), 0))
     return {
         "x": _back(dx, x, axis),
         "scale": sum_gx.sum((0, 1)),
@@ -148,6 +153,7 @@ def bn_eval_grads(dy, x, scale, bias, mean, var, *, axis=-1, epsilon=1e-5, resid
         residual=residual,
         activation=activation,
         mask=np.zeros((1,) * np.ndim(x), bool),
+        given=True,
     )
     rstd = 1 / np.sqrt(f64(var) + epsilon)
     r = rstd * (1 if scale is None else f64(scale))
