@@ -238,7 +238,7 @@ def _choice(platform: str, passes: dict[str, list[_Piece]]) -> tuple[str | None,
 def _unsplit(x, parts: list[int], gathered: list[int], virtual) -> str | None:
     """Why the default leaves a sharded x to XLA, which cannot split it for a kernel."""
     for axis in gathered:
-        return f"axis {axis} of x, {x.shape[axis]} long, is not divided evenly, as the default has it for kernels"
+        return f"axis {axis} of x, {x.shape[axis]} long, is not divided evenly, and uneven parts are for XLA"
     if virtual is not None and math.prod(parts) > 1 and AxisType.Explicit not in x.sharding.mesh.axis_types:
         return "XLA alone splits virtual batches over an automatic mesh, and would gather x for a kernel"
     return None
