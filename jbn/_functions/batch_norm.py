@@ -215,7 +215,7 @@ def _moved(state: BNState, seen: Moments, momentum, unbiased: bool) -> BNState:
 
     def move(old, new):
         old = jnp.asarray(old)
-        count, new = (beside(v, old, 0) for v in (seen.count, new))
+        count, new = beside(jnp.asarray(seen.count), old, 0), beside(new, old, 0)
         kind = compute_dtype(old.dtype if old.dtype == jnp.float64 else new.dtype)
         weight = momentum if isinstance(momentum, float | int) else jnp.asarray(momentum).astype(kind)
         keep, take = (jnp.where(count > 0, w, otherwise) for w, otherwise in ((weight, 1), (1 - weight, 0)))

@@ -36,7 +36,7 @@ def division(x) -> tuple[list[int], list[int]]:
 def unsplit(x, parts: list[int], gathered: list[int], virtual: Virtual | None) -> str | None:
     """Why the default leaves a sharded x to XLA, which cannot split it for a kernel."""
     for axis in gathered:
-        return f"axis {axis} of x, {x.shape[axis]} long, is not divided evenly, as the default has it for kernels"
+        return f"axis {axis} of x, {x.shape[axis]} long, is not divided evenly, and uneven parts are for XLA"
     if virtual is not None and math.prod(parts) > 1 and AxisType.Explicit not in x.sharding.mesh.axis_types:
         return "XLA alone splits virtual batches over an automatic mesh, and would gather x for a kernel"
     return None

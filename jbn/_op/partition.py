@@ -96,7 +96,7 @@ def _row_names(plan: Plan, spec) -> tuple[str, ...]:
     return tuple(name for a in rows(plan, len(spec)) for name in _names(spec[a]))
 
 
-def beside(vector, x, channel: int):
+def beside(vector: jax.Array, x: jax.Array, channel: int) -> jax.Array:
     """A vector over the channels of x; over an explicit mesh resharded where what splits it splits x in another way."""
     split, spec = jax.typeof(vector).sharding, full(jax.typeof(x).sharding.spec, x.ndim)
     used = {name for entry in spec for name in _names(entry)}

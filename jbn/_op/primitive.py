@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from jax._src.custom_partitioning import _sharding_callbacks
@@ -170,7 +171,7 @@ def _name_rule(ctx, out: Sequence[ir.Value], *parts) -> None:
     JAX names it by an address, so that no process would find in its compilation cache what another left there. The name
     stands twice in the program, since a setting of JAX's takes the first out of what the cache goes by.
     """
-    call = out[0].owner
+    call: Any = out[0].owner
     if call.name != "stablehlo.custom_call" or call.attributes["call_target_name"].value != "CustomSPMDPartitioning":
         return  # on one device, or explicitly split, there is no rule
     rule = _sharding_callbacks[call.attributes["backend_config"].value.encode()]

@@ -240,7 +240,7 @@ def test_explain_tells_of_uneven_parts(devices, spied):
     x = jax.ShapeDtypeStruct(SHAPE, np.float32, sharding=NamedSharding(mesh, P("d")))
     told = jbn.explain(x, platform="cuda")
     assert told.implementation == "xla"
-    assert told.reason == "axis 0 of x, 16 long, is not divided evenly, as the default has it for kernels"
+    assert told.reason == "axis 0 of x, 16 long, is not divided evenly, and uneven parts are for XLA"
 
 
 def test_the_table_is_that_of_the_lowering(devices, on_cpu, spied, monkeypatch):
