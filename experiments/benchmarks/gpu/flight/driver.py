@@ -85,12 +85,10 @@ class Driver:
             self.call("cuFuncSetAttribute", function, MAX_DYNAMIC_SHARED, shared)
         size = ctypes.c_size_t(shared)
         self.call("cuOccupancyMaxActiveBlocksPerMultiprocessor", ctypes.byref(resident), function, 32 * warps, size)
-        found = []
-        for attribute in (REGISTERS, LOCAL_BYTES):
-            value = ctypes.c_int()
-            self.call("cuFuncGetAttribute", ctypes.byref(value), attribute, function)
-            found.append(value.value)
-        return Program(function, 32 * warps, shared, resident.value, *found, parameters)
+        registers, spilled = ctypes.c_int(), ctypes.c_int()
+        self.call("cuFuncGetAttribute", ctypes.byref(registers), REGISTERS, function)
+        self.call("cuFuncGetAttribute", ctypes.byref(spilled), LOCAL_BYTES, function)
+        return Program(function, 32 * warps, shared, resident.value, registers.value, spilled.value, parameters)
 
     def launcher(self, program: Program, programs: int, values: list[Any]) -> Callable[[], None]:
         """What launches so many programs on ctypes values; Triton's own scratch, unused, comes behind them as nulls.

@@ -16,7 +16,18 @@ from experiments.benchmarks.gpu.flight.summary import summarise
 LIMIT = 164  # seconds, of each run: what follows the last part takes a few more
 SMALL = "9e5"  # elements: what compute-sanitizer is given
 BYTES_BACK = 15 * 2**20  # of XLA's programs: what comes back in one file
-PACKAGES = ("jax", "jaxlib", "jax-triton", "triton", "flax", "optax", "torch", "numpy")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "jax-cuda13-plugin",
+    "jax-cuda12-plugin",
+    "jax-triton",
+    "triton",
+    "flax",
+    "optax",
+    "torch",
+    "numpy",
+)
 WHOLE_OP = ("tests/test_gpu.py", "-k", "default or (whole_op and bfloat16)")
 CORE = tuple(f"tests/test_{name}.py" for name in ("functional", "gradients", "numerics", "edges"))
 
