@@ -17,7 +17,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import jbn
-from jbn import _cpu
+from jbn._op import xla_cpu
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -45,7 +45,7 @@ def implementation(request):
             yield "kernels"
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_cpu, "LITTLE", 0 if request.param == "cut" else 2**14)
+        patch.setattr(xla_cpu, "LITTLE", 0 if request.param == "cut" else 2**14)
         jax.clear_caches()  # `jit` knows nothing of it
         yield request.param
     jax.clear_caches()
@@ -187,7 +187,7 @@ def test_one_element_reaches_what_depends_on_it(name, implementation):
 @pytest.mark.parametrize("name", LARGE)
 def test_past_the_size_at_which_code_changes(name):
     kind, case = LARGE[name]
-    assert case.rows * case.channels > _cpu.LITTLE
+    assert case.rows * case.channels > xla_cpu.LITTLE
     for what in ("x", "dy"):
         index = (77, 519, 0, 300, 64, 65)
         check(kind, case, "xla", [(what, (row, 5 * i), VALUES[i]) for i, row in enumerate(index)])
