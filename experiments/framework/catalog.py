@@ -41,8 +41,9 @@ def discover(folder: Path = FOLDER) -> dict[str, Entry]:
 
 def is_job(node: ast.stmt) -> bool:
     """Whether a statement defines what runs an experiment that is a job."""
-    is_run = isinstance(node, ast.FunctionDef) and node.name == "run"
-    return is_run and [argument.arg for argument in node.args.args] == ["options", "results"]
+    if not isinstance(node, ast.FunctionDef) or node.name != "run":
+        return False
+    return [argument.arg for argument in node.args.args] == ["options", "results"]
 
 
 def names(node: ast.stmt) -> list[str]:

@@ -123,7 +123,7 @@ class _Layer:
             return role
         if role and name == "convert_element_type" and eqn.params["new_dtype"].name in FLOATS:
             return role
-        shapes = [value.aval.shape for value in (eqn.invars[0], eqn.outvars[0])]
+        shapes = [getattr(value.aval, "shape", ()) for value in (eqn.invars[0], eqn.outvars[0])]
         if role == "kernel" and name == "reshape" and not self.transposed and shapes[0][-1:] == shapes[1][-1:]:
             return role  # its last axis is that of the outputs still
         if role == "input":  # whatever it becomes, the product is linear in the kernel
