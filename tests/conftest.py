@@ -4,6 +4,7 @@ LLVM's optimizations are half of the tests' time and, on a CPU, change nothing b
 in `OPTIMIZED`, whose question is digits in single and half precision, are compiled as users' programs are.
 """
 
+import importlib.metadata
 import os
 from pathlib import Path
 
@@ -21,17 +22,33 @@ import pytest
 from jbn._op import dispatch
 
 plugin.install()
-OPTIMIZED = {f"test_{name}" for name in ("cpu", "edges", "functional", "gradients", "kernels", "moments", "numerics")}
+OPTIMIZED = {f"test_{name}" for name in ("cpu", "edges", "functional", "gradients", "moments", "numerics", "pieces")}
+# What they show depends on Triton alone, neither on JAX nor on Python: of several Pythons that .ci/run tests with one
+# release of Triton the first runs them.
+TRITON_ALONE = {f"test_{name}" for name in ("kernels", "machine", "traffic", "wide")}
+KEPT = os.environ.get("JBN_TEST_KEPT")
 
 
 def pytest_collection_modifyitems(items):
     """On a GPU the kernels' tests run there; elsewhere what is marked so is skipped. None of it starts JAX."""
     for item in items:
         by_kernels = hasattr(item, "callspec") and item.callspec.params.get("implementation") == "kernels"
-        if driver.ON_GPU and (by_kernels or item.path.stem in ("test_kernels", "test_gpu")):
+        if driver.ON_GPU and (by_kernels or item.path.stem in ("test_kernels", "test_pieces", "test_gpu")):
             item.add_marker(pytest.mark.gpu)
         if item.get_closest_marker("gpu") and not driver.ON_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU, and JBN_TEST_GPU=1"))
+        if KEPT and item.path.stem in TRITON_ALONE and _tested().exists():
+            item.add_marker(pytest.mark.skip(reason=f"passed on another Python: {_tested().name}"))
+
+
+def pytest_sessionfinish(exitstatus):
+    if KEPT and exitstatus == 0 and "PYTEST_XDIST_WORKER" not in os.environ:
+        _tested().touch()
+
+
+def _tested() -> Path:
+    """Is there once the tests have passed with this release of Triton."""
+    return Path(KEPT or "", f"tested with triton {importlib.metadata.version('triton')}")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -42,7 +59,7 @@ def kept_files(tmp_path_factory):
     """
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    kept.folder = Path(os.environ.get("JBN_TEST_KEPT", shared / "kept"))
+    kept.folder = Path(KEPT or shared / "kept")
     kept.folder.mkdir(exist_ok=True)
 
 

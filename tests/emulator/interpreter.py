@@ -34,6 +34,11 @@ def run(kernel: JITFunction, programs: int, *arguments, **constants) -> Traffic:
     return Traffic(*counts)
 
 
+def execute(launch, arrays, outputs) -> None:
+    """Runs a launch; `outputs` are written in place."""
+    run(launch.kernel, launch.programs, *arrays, *launch.numbers, *outputs, **launch.constants)
+
+
 class _Pointer:
     """A NumPy array as a torch tensor that lies in host memory already."""
 
