@@ -11,11 +11,20 @@ The running variance is a value like any other, and is converted as it is: n is 
 how it moves on, which `unbiased` says to `bn_train`.
 """
 
-from jbn._functions.convert_layers import Layer as Layer
-from jbn._functions.convert_layers import from_keras as from_keras
-from jbn._functions.convert_layers import from_torch as from_torch
-from jbn._functions.convert_layers import to_keras as to_keras
-from jbn._functions.convert_layers import to_torch as to_torch
-from jbn._functions.convert_models import model_from_torch as model_from_torch
-from jbn._functions.convert_models import model_to_torch as model_to_torch
-from jbn._functions.convert_models import resnet50_names as resnet50_names
+from jbn._functions.convert_layers import Layer, from_keras, from_torch, to_keras, to_torch
+from jbn._functions.convert_models import model_from_torch, model_to_torch, resnet50_names
+
+__all__ = [
+    "Layer",
+    "from_keras",
+    "from_torch",
+    "model_from_torch",
+    "model_to_torch",
+    "resnet50_names",
+    "to_keras",
+    "to_torch",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -23,6 +23,8 @@ from jbn._functions.moments import Moments, merge, moments
 from jbn._op.plan import compute_dtype
 from jbn._op.stream import merge_stream
 
+__all__ = ["Affine", "apply", "fit", "invert", "unit_length"]
+
 Kind = Literal["standardize", "min_max", "mean_normalize"]
 KINDS = ("standardize", "min_max", "mean_normalize")
 
@@ -246,3 +248,7 @@ def _mapped(affine, x, axis, function) -> jax.Array:
         vectors.append(vector)
     wide = jnp.float64 if "float64" in (x.dtype.name, *(v.dtype.name for v in vectors)) else jnp.float32
     return function(x.astype(wide), *(lax.expand_dims(v.astype(wide), rows) for v in vectors)).astype(x.dtype)
+
+
+def __dir__() -> list[str]:
+    return __all__

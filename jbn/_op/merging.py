@@ -79,8 +79,9 @@ def pool_along(parts: Moments) -> Moments:
     The pivot, a mean of one of the parts, makes it exact for a constant channel.
     """
     count = jnp.sum(parts.count, 0, keepdims=True)
-    pivot = jnp.max(parts.mean, 0, keepdims=True, where=parts.count > 0, initial=-jnp.inf)
-    pivot = choose(pivot > -jnp.inf, pivot, 0)  # none; not by the count, whose sum can then travel with the next one
+    lowest = float(jnp.finfo(parts.mean.dtype).min)  # finite, for those who debug infinities
+    pivot = jnp.max(parts.mean, 0, keepdims=True, where=parts.count > 0, initial=lowest)
+    pivot = choose(pivot > lowest, pivot, 0)  # none; not by the count, whose sum can then travel with the next one
     mean = pivot + jnp.sum(parts.count * (parts.mean - pivot), 0, keepdims=True) / jnp.maximum(count, 1)
     m2 = jnp.sum(parts.m2 + parts.count * jnp.square(parts.mean - mean), 0)
     return Moments(count[0], mean[0], m2)

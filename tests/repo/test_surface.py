@@ -14,7 +14,9 @@ import jbn.nnx
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("module", [jbn, jbn.linen, jbn.nnx], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [jbn, jbn.linen, jbn.nnx, jbn.scaling, jbn.convert], ids=lambda module: module.__name__
+)
 def test_dir_shows_what_is_public_and_no_more(module):
     shown = set(dir(module)) - {"__version__", "linen", "nnx"}
     assert shown == set(module.__all__)
