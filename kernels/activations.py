@@ -26,18 +26,18 @@ def activate(z, KIND: tl.constexpr):
 
 
 @triton.jit
-def slope(z, KIND: tl.constexpr):
-    """activation'(z), in float32."""
+def through(dz, z, KIND: tl.constexpr):
+    """activation'(z) · dz, in float32; what relu and relu6 do not let through is not even NaN."""
     if KIND == "relu":
-        out = tl.where(z > 0, 1.0, 0.0)
+        out = tl.where(z > 0, dz, 0.0)
     elif KIND == "relu6":
-        out = tl.where((z > 0) & (z < 6), 1.0, 0.0)
+        out = tl.where((z > 0) & (z < 6), dz, 0.0)
     elif KIND == "leaky_relu":
-        out = tl.where(z > 0, 1.0, LEAK)
+        out = dz * tl.where(z > 0, 1.0, LEAK)
     elif KIND == "silu":
         gate = tl.sigmoid(z)
-        out = gate * (1 + z * (1 - gate))
+        out = dz * (gate * (1 + z * (1 - gate)))
     else:
         tl.static_assert(KIND == "hard_swish")
-        out = tl.where(z < -3, 0.0, tl.where(z > 3, 1.0, (2 * z + 3) * (1 / 6)))
+        out = dz * tl.where(z < -3, 0.0, tl.where(z > 3, 1.0, (2 * z + 3) * (1 / 6)))
     return out

@@ -16,7 +16,7 @@ from jbn.kernels._tiles import (
     program,
     sizes,
 )
-from jbn.kernels.activations import slope as slope_of
+from jbn.kernels.activations import through
 
 
 @triton.jit
@@ -32,15 +32,17 @@ def load_cotangent(
     """
     row, offset, inside = place(tile, channel, rows, C, S, ROWS)
     seen = load_seen(mask_ptr, row, rows, offset, inside, mask_divisor, mask_period, S, MASK)
-    dz = load(dy_ptr, offset, inside)
-    centred = dz
     if CENTRED or ACTIVATION != "none":
-        x = load(x_ptr, offset, inside)
+        x = load(x_ptr, offset, inside)  # before ȳ: behind it one binary spills
+        dz = load(dy_ptr, offset, inside)
         centred = x - along_channels(mean, S)
         if MASK != "none":
             there = seen | is_finite(x)
             dz = tl.where(there | is_finite(dz), dz, 0.0)
             centred = tl.where(there, centred, 0.0)
+    else:
+        dz = load(dy_ptr, offset, inside)
+        centred = dz
     if ACTIVATION != "none":
         z = centred * along_channels(slope, S) + along_channels(bias, S)
         if HAS_RESIDUAL:
@@ -48,11 +50,7 @@ def load_cotangent(
             if MASK != "none":
                 residual = tl.where(seen | is_finite(residual), residual, 0.0)
             z += residual
-        slope_here = slope_of(z, ACTIVATION)
-        if ACTIVATION == "relu" or ACTIVATION == "relu6":
-            dz = tl.where(slope_here > 0, dz, 0.0)  # what is not let through is not even NaN
-        else:
-            dz *= slope_here
+        dz = through(dz, z, ACTIVATION)
     return dz, centred, offset, inside, seen
 
 

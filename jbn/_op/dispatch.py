@@ -183,7 +183,8 @@ def layout(plan: Plan, x) -> str:
 
 
 def describe(plan: Plan, x) -> str:
-    return f"{jnp.dtype(x.dtype).name}, channels {layout(plan, x)}, {in_megabytes(size_in_bytes(x))}"
+    size = "of a symbolic size" if is_symbolic(x.shape) else in_megabytes(size_in_bytes(x))
+    return f"{jnp.dtype(x.dtype).name}, channels {layout(plan, x)}, {size}"
 
 
 def _covers(win: Win, plan: Plan, x) -> bool:

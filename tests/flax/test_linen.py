@@ -155,7 +155,8 @@ def test_automatic_names_and_random_numbers():
 def test_nested_model(train):
     x, dy = inputs((16, 3))[0], inputs((16, 4))[1]
     variables = settled(init(NETS[1], x, train))
-    assert_same(*steps(NETS, variables, x, dy, train), n=16, factor=64)
+    # behind another batch norm means are 0 but for rounding, of what is of order 1
+    assert_same(*steps(NETS, variables, x, dy, train), n=16, factor=64, scale=1)
 
 
 def test_tabulate():
@@ -273,7 +274,7 @@ def test_lifts(build):
     models = [build(cls) for cls in (BatchNorm, nn.BatchNorm)]
     variables = [init(model, x) for model in models]
     assert_equal(*variables)
-    assert_same(*steps(models, settled(variables[1]), x, dy), n=8, factor=64)
+    assert_same(*steps(models, settled(variables[1]), x, dy), n=8, factor=64, scale=1)  # likewise
 
 
 # Over devices.

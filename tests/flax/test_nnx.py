@@ -158,7 +158,8 @@ def test_training_and_evaluation():
     assert_equal(nnx.state(ours), nnx.state(theirs))
     for _ in range(2):
         assert_same(train_step(ours, x, dy), train_step(theirs, x, dy), n=16, factor=64)
-    assert_same(nnx.state(ours), nnx.state(theirs), n=16, factor=64)
+    # a bias before batch norm has no gradient but rounding, of what is of order 1
+    assert_same(nnx.state(ours), nnx.state(theirs), n=16, factor=64, scale=1)
 
     before = ours.norm.mean[...]
     results = []

@@ -91,7 +91,7 @@ def noisy(tree, seed=3):
 
 
 def variables_of(model, *args, **call):
-    shapes = jax.eval_shape(lambda key: model.init(key, *args, **call), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key, *args: model.init(key, *args, **call), jax.random.key(0), *args)
     return noisy({k: v for k, v in shapes.items() if k != "intermediates"})
 
 

@@ -168,7 +168,7 @@ def spied(monkeypatch):
         return piece
 
     monkeypatch.setattr(dispatch, "kernels", kernels)
-    monkeypatch.setattr(dispatch, "obstacle", lambda *_: None)
+    monkeypatch.setattr(dispatch, "obstacle", lambda *_, **__: None)
     monkeypatch.setattr(dispatch, "WINS", (dispatch.Win("", "float32", "last", 0, "a test"),))
     jax.clear_caches()
     yield shapes

@@ -53,13 +53,13 @@ def draw_mask(kind, shape, axis, rng):
             return mask.astype({"int": np.int32, "float": np.float32}.get(kind, bool))
 
 
-def assert_same(got, want, dtype=None, n=1, factor=4):
-    """Equal trees of equal dtypes, to rounding in the coarser of `dtype` and each leaf's own."""
+def assert_same(got, want, dtype=None, n=1, factor=4, scale=None):
+    """Equal trees of equal dtypes, to rounding in the coarser of `dtype` and each leaf's; `scale`: as in the oracle."""
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert g.dtype == w.dtype
         coarser = max(g.dtype, dtype or g.dtype, key=lambda d: float(jnp.finfo(d).eps))
-        oracle.assert_close(g, w, coarser, n, factor, axis=None)  # the channels may be anywhere
+        oracle.assert_close(g, w, coarser, n, factor, axis=None, scale=scale)  # the channels may be anywhere
 
 
 def assert_equal(got, want):

@@ -222,7 +222,7 @@ def assert_close(got, want, dtype=None, n=1, factor=1.0, axis=-1, scale=None):
     if scale is None:
         rows = None if axis is None or want.ndim == 1 else tuple(a for a in range(want.ndim) if a != axis % want.ndim)
         scale = np.max(np.abs(want), rows, keepdims=True, initial=0, where=finite)
-    elif np.ndim(scale) < want.ndim:
+    elif 0 < np.ndim(scale) < want.ndim:
         scale = np.expand_dims(scale, tuple(a for a in range(want.ndim) if a != axis % want.ndim))
     smallest = float(info.smallest_subnormal if dtype == np.float16 else info.tiny)  # XLA has no others subnormal
     with np.errstate(invalid="ignore"):
