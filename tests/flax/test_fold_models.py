@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from layers import bf16, f32
+from layers import bf16, f32, small
 from oracle import assert_close
 
 import jbn.linen
@@ -49,17 +49,6 @@ def linen_fold(model, x, tolerance=1.0, **call):
     paths = {"/".join(k.key for k in path[1:-1]) for path, _ in jax.tree_util.tree_leaves_with_path(got.variables)}
     assert not paths & got.folded.keys() and got.left.keys() <= paths
     return got.folded, got.left
-
-
-def small(function):
-    """A linen model from `function(x)`."""
-
-    class Model(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return function(x)
-
-    return Model()
 
 
 LAYERS = {

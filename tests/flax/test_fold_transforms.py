@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from layers import small
 from oracle import assert_close
 
 import jbn.linen
@@ -121,15 +122,6 @@ CASES = {  # what is computed, and why the batch norm is left; "" where it folds
         r"folded into Dense_0 it changes the outputs on the example by \S+ of their size, more than rounding",
     ),
 }
-
-
-def small(function):
-    class Model(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return function(x)
-
-    return Model()
 
 
 def noisy(tree):

@@ -1,5 +1,6 @@
 """What the tests of the two Flax modules share: the options a layer is built and called with, inputs, comparisons."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,3 +72,14 @@ def inputs(shape, dtype=f32, seed=0):
     """x and dy."""
     rng = np.random.default_rng(seed)
     return jnp.asarray(rng.normal(1, 2, shape), dtype), jnp.asarray(rng.normal(0, 1, shape), f32)
+
+
+def small(function):
+    """A linen model from `function(x)`."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return function(x)
+
+    return Model()
