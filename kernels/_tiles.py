@@ -9,6 +9,8 @@ and so of all that is computed with them, positions and offsets among it.
 import triton
 import triton.language as tl
 
+ANY = tl.constexpr("")  # a cache modifier or eviction policy: none in particular
+
 
 @triton.jit
 def sizes(outer, units, S: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr):
@@ -76,9 +78,9 @@ def place(tile, channel, rows, C, S: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def load(ptr, offset, inside):
+def load(ptr, offset, inside, CACHE: tl.constexpr = ANY, EVICT: tl.constexpr = ANY):
     """A tile in float32, 0 outside."""
-    return tl.load(ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    return tl.load(ptr + offset, mask=inside, other=0.0, cache_modifier=CACHE, eviction_policy=EVICT).to(tl.float32)
 
 
 @triton.jit
@@ -100,22 +102,22 @@ def load_seen(
 
 
 @triton.jit
-def load_rstd(spread_ptr, epsilon_ptr, count, batch, C, channel):
+def load_rstd(spread_ptr, epsilon_ptr, count, batch, C, channel, CACHE: tl.constexpr = ANY):
     """1/std of a block's channels, (CHANNELS,)."""
-    spread = tl.load(spread_ptr + batch * C + channel, mask=channel < C, other=0.0)
+    spread = tl.load(spread_ptr + batch * C + channel, mask=channel < C, other=0.0, cache_modifier=CACHE)
     return tl.rsqrt(spread / count + tl.load(epsilon_ptr + batch))
 
 
 @triton.jit
 def load_map(
     mean_ptr, spread_ptr, epsilon_ptr, scale_ptr, bias_ptr, count, batch, C, channel,
-    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, CACHE: tl.constexpr = ANY,
 ):  # fmt: skip
     """mean, 1/std, scale/std and bias of a block's channels, (CHANNELS,) each; a bias that is absent is 0."""
     at = batch * C + channel
     inside = channel < C
-    mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
-    rstd = load_rstd(spread_ptr, epsilon_ptr, count, batch, C, channel)
+    mean = tl.load(mean_ptr + at, mask=inside, other=0.0, cache_modifier=CACHE)
+    rstd = load_rstd(spread_ptr, epsilon_ptr, count, batch, C, channel, CACHE)
     slope = rstd
     if HAS_SCALE:
         slope = rstd * tl.load(scale_ptr + at, mask=inside, other=0.0)

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from jbn.kernels.apply import jbn_apply
 from jbn.kernels.gradients import jbn_gradient_input, jbn_gradient_sums
 from jbn.kernels.moments import jbn_moments
-from jbn.kernels.tiling import Tiling, View, alignment, choose, needs_wide_offsets
+from jbn.kernels.once import jbn_backward_once, jbn_forward_once
+from jbn.kernels.tiling import Slices, Tiling, View, alignment, choose, needs_wide_offsets
 
 
 class Output(NamedTuple):
@@ -20,7 +21,7 @@ class Output(NamedTuple):
 
 class Launch(NamedTuple):
     kernel: Any  # @triton.jit
-    tiling: Tiling
+    tiling: Tiling | Slices
     programs: int
     resident: int  # programs that a multiprocessor is to hold at once; registers must allow it
     numbers: tuple[int | float, ...]  # 32 or 64 bits as the value asks for; floats are float32
@@ -133,12 +134,57 @@ def gradient_input(
     return Launch(jbn_gradient_input, tiling, tiling.programs(view), resident, numbers, outputs, constants)
 
 
+def forward_once(problem: Problem, dtype: str, slices: Slices) -> Launch:
+    """Arrays: x, epsilon, scale, bias, residual. Outputs: y of `dtype`, mean, m2, scratch, scratch."""
+    view = problem.view
+    vector = Output((view.batch, view.channels), "float32")
+    outputs = (Output(tuple(view), dtype), vector, vector, *_shared(view, slices))
+    constants = _constants(view, slices) | _slicing(slices) | dict(
+        RAGGED=view.rows % slices.ROWS != 0,
+        HAS_SCALE=problem.scale,
+        HAS_BIAS=problem.bias,
+        HAS_RESIDUAL=problem.residual,
+        ACTIVATION=problem.activation or "none",
+    )
+    numbers = (float(problem.count), *_numbers(view, slices), view.batch, slices.group)
+    return Launch(jbn_forward_once, slices, slices.programs, 2, numbers, outputs, constants)
+
+
+def backward_once(problem: Problem, dtype: str, kept: str | None, slices: Slices) -> Launch:
+    """Arrays: x, mean, spread, epsilon, scale, bias, residual, ȳ.
+
+    Outputs: Σz̄, Σz̄x̂, x̄ of `dtype`, z̄ (of the dtype `kept`, if any), scratch, scratch.
+    """
+    view = problem.view
+    vector = Output((view.batch, view.channels), "float32")
+    large = Output(tuple(view), dtype), Output(tuple(view), kept) if kept else ABSENT
+    constants = _constants(view, slices) | _slicing(slices) | _derivative(problem)
+    constants |= dict(HAS_SCALE=problem.scale, KEEP=kept is not None)
+    del constants["MASK"], constants["SHARED"]
+    numbers = (float(problem.count), *_numbers(view, slices), view.batch, slices.group)
+    outputs = (vector, vector, *large, *_shared(view, slices))
+    return Launch(jbn_backward_once, slices, slices.programs, 2, numbers, outputs, constants)
+
+
+def _slicing(slices: Slices) -> dict[str, Any]:
+    once = min(1024 // slices.CHANNELS, 1 << (slices.splits - 1).bit_length())
+    return dict(AHEAD=slices.ahead, UNROLL=2, WRITE_UNROLL=2, SPLITS=once, MERGE=4)
+
+
+def _shared(view: View, slices: Slices) -> tuple[Output, Output]:
+    """What programs hand to the last of them; the tickets, how many have arrived at each block, and which are ready."""
+    return (
+        Output((view.batch, slices.splits, 2, view.channels), "float32"),
+        Output((1 + 2 * slices.blocks(view),), "int32", zeroed=True),
+    )
+
+
 def _tiling(problem: Problem, processors: int, elements: int, resident: int) -> Tiling:
     rows = problem.mask is not None and problem.mask.kind == "rows"
     return choose(problem.view, ITEMSIZE[problem.dtype], processors, elements, resident, rows)
 
 
-def _numbers(view: View, tiling: Tiling) -> tuple[int, ...]:
+def _numbers(view: View, tiling: Tiling | Slices) -> tuple[int, ...]:
     return view.outer, view.channels // alignment(view.channels), tiling.splits
 
 
@@ -146,7 +192,7 @@ def _mask_numbers(mask: Mask | None) -> tuple[int, ...]:
     return (1, 1) if mask is None else (mask.divisor, mask.period)
 
 
-def _constants(view: View, tiling: Tiling) -> dict[str, Any]:
+def _constants(view: View, tiling: Tiling | Slices) -> dict[str, Any]:
     return dict(
         S=view.inner,
         UNIT=alignment(view.channels),
@@ -159,7 +205,7 @@ def _constants(view: View, tiling: Tiling) -> dict[str, Any]:
 def _merging(tiling: Tiling, unroll: int) -> dict[str, Any]:
     """Partial results are merged 1024 at once: more would need more registers than the rest of the kernel."""
     once = min(1024 // tiling.CHANNELS, 1 << (tiling.splits - 1).bit_length())
-    return dict(SPLIT=tiling.splits > 1, SPLITS=once, UNROLL=unroll)
+    return dict(SPLIT=tiling.splits > 1, SPLITS=once, MERGE=4, UNROLL=unroll)
 
 
 def _derivative(problem: Problem) -> dict[str, Any]:

@@ -28,8 +28,11 @@ PACKAGES = (
     "torch",
     "numpy",
 )
-WHOLE_OP = ("tests/test_gpu.py", "-k", "default or (whole_op and bfloat16)")
-CORE = tuple(f"tests/test_{name}.py" for name in ("functional", "gradients", "numerics", "edges"))
+WHOLE_OP = ("tests/kernels/test_gpu.py", "-k", "default or (whole_op and bfloat16)")
+CORE = tuple(
+    f"tests/{name}.py"
+    for name in ("functions/test_functional", "op/test_gradients", "functions/test_numerics", "functions/test_edges")
+)
 
 
 def fly(which: int, out: Path, limit: float = LIMIT, dry: bool = False) -> bool:
