@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from jbn.kernels._tiles import ANY, along_channels, channels_of, load, load_map, place, program, sizes
+from jbn.kernels._tiles import along_channels, channels_of, load, load_map, place, program, sizes
 from jbn.kernels.activations import activate
 
 
@@ -11,13 +11,13 @@ from jbn.kernels.activations import activate
 def write_output(
     x_ptr, residual_ptr, y_ptr, mean, slope, bias, split, splits, channel, rows, C,
     S: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
-    EVICT: tl.constexpr = ANY,
+    LAST: tl.constexpr,
 ):  # fmt: skip
     """y of a split's tiles, the last first; pointers are at the batch."""
     steps = tl.cdiv(tl.cdiv(rows, ROWS) - split, splits).to(tl.int32)
     for step in tl.range(steps, loop_unroll_factor=UNROLL):
         _row, offset, inside = place(split + (steps - 1 - step) * splits, channel, rows, C, S, ROWS)
-        x = load(x_ptr, offset, inside, EVICT=EVICT)
+        x = load(x_ptr, offset, inside, LAST)
         z = (x - along_channels(mean, S)) * along_channels(slope, S) + along_channels(bias, S)
         if HAS_RESIDUAL:
             z += load(residual_ptr, offset, inside)
@@ -47,6 +47,7 @@ def jbn_apply(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    LAST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """y = activation(scale · (x − mean) / √(spread / count + epsilon) + bias + residual).
@@ -62,5 +63,5 @@ def jbn_apply(
     )
     write_output(
         x_ptr + start, residual_ptr + start, y_ptr + start, mean, slope, bias, split, splits, channel, rows, C,
-        S, ROWS, 1, HAS_RESIDUAL, ACTIVATION,
+        S, ROWS, 1, HAS_RESIDUAL, ACTIVATION, LAST,
     )  # fmt: skip

@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 from jbn.kernels._tiles import (
-    ANY,
     along_channels,
     arrived_last,
     channels_of,
@@ -24,26 +23,26 @@ from jbn.kernels.activations import through
 def load_cotangent(
     tile, x_ptr, residual_ptr, mask_ptr, dy_ptr, mean, slope, bias, channel, rows, C, mask_divisor, mask_period,
     S: tl.constexpr, ROWS: tl.constexpr, CENTRED: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    ACTIVATION: tl.constexpr, MASK: tl.constexpr, CACHE: tl.constexpr = ANY, EVICT: tl.constexpr = ANY,
+    ACTIVATION: tl.constexpr, MASK: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
     """(z̄, x − mean, offsets, what is inside, what the mask has) of a tile; pointers are at the batch.
 
     What is masked and not finite reaches no derivative: x − mean and residual count as 0 there, and so does a ȳ that is
-    not finite where x is not, the 0 · NaN of a loss that masks y after squaring it. x is read where it is needed. CACHE
-    is for ȳ, EVICT for what is read twice, x and ȳ.
+    not finite where x is not, the 0 · NaN of a loss that masks y after squaring it. x is read where it is needed.
+    EVICT is for what is read twice, x and ȳ.
     """
     row, offset, inside = place(tile, channel, rows, C, S, ROWS)
     seen = load_seen(mask_ptr, row, rows, offset, inside, mask_divisor, mask_period, S, MASK)
     if CENTRED or ACTIVATION != "none":
         x = load(x_ptr, offset, inside, EVICT=EVICT)  # before ȳ: behind it one binary spills
-        dz = load(dy_ptr, offset, inside, CACHE, EVICT if CACHE == "" else "")
+        dz = load(dy_ptr, offset, inside, EVICT)
         centred = x - along_channels(mean, S)
         if MASK != "none":
             there = seen | is_finite(x)
             dz = tl.where(there | is_finite(dz), dz, 0.0)
             centred = tl.where(there, centred, 0.0)
     else:
-        dz = load(dy_ptr, offset, inside, CACHE, EVICT if CACHE == "" else "")
+        dz = load(dy_ptr, offset, inside, EVICT)
         centred = dz
     if ACTIVATION != "none":
         z = centred * along_channels(slope, S) + along_channels(bias, S)
@@ -57,26 +56,48 @@ def load_cotangent(
 
 
 @triton.jit
+def add(
+    tile, total, product, x_ptr, residual_ptr, mask_ptr, dy_ptr, dz_ptr, mean, slope, bias, channel, rows, C,
+    mask_divisor, mask_period, S: tl.constexpr, ROWS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, MASK: tl.constexpr, KEEP: tl.constexpr, EVICT: tl.constexpr,
+):  # fmt: skip
+    """(Σz̄, Σz̄ · (x − mean)) of each lane with a tile's values."""
+    dz, centred, offset, inside, _seen = load_cotangent(
+        tile, x_ptr, residual_ptr, mask_ptr, dy_ptr, mean, slope, bias, channel, rows, C, mask_divisor, mask_period,
+        S, ROWS, True, HAS_RESIDUAL, ACTIVATION, MASK, EVICT,
+    )  # fmt: skip
+    if KEEP:
+        tl.store(dz_ptr + offset, dz.to(dz_ptr.dtype.element_ty), mask=inside, eviction_policy=EVICT)
+    return total + dz, product + dz * centred
+
+
+@triton.jit
 def sums_of(
     x_ptr, residual_ptr, mask_ptr, dy_ptr, dz_ptr, mean, slope, bias, split, splits, channel, rows, C,
-    mask_divisor, mask_period, S: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, UNROLL: tl.constexpr,
+    mask_divisor, mask_period, kept,
+    S: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, UNROLL: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, MASK: tl.constexpr, KEEP: tl.constexpr,
-    EVICT: tl.constexpr = ANY,
+    EARLY: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
-    """Σz̄ and Σz̄ · (x − mean) of a split's tiles, (CHANNELS,); z̄ is written where it is kept. Pointers are at the batch."""
+    """Σz̄ and Σz̄ · (x − mean) of a split's tiles, (CHANNELS,); z̄ is written where it is kept. Pointers are at the batch.
+
+    The last `kept` tiles are to stay in L2, for whoever walks them backwards next.
+    """
     AXIS: tl.constexpr = 0 if S == 1 else 1
     total = tl.zeros([ROWS, CHANNELS] if S == 1 else [CHANNELS, ROWS], tl.float32)
     product = tl.zeros_like(total)
     steps = tl.cdiv(tl.cdiv(rows, ROWS) - split, splits).to(tl.int32)
-    for step in tl.range(steps, loop_unroll_factor=UNROLL):
-        dz, centred, offset, inside, _seen = load_cotangent(
-            split + step * splits, x_ptr, residual_ptr, mask_ptr, dy_ptr, mean, slope, bias,
-            channel, rows, C, mask_divisor, mask_period, S, ROWS, True, HAS_RESIDUAL, ACTIVATION, MASK, EVICT=EVICT,
+    first_kept = tl.maximum(steps - kept, 0)
+    for step in tl.range(first_kept, loop_unroll_factor=UNROLL):
+        total, product = add(
+            split + step * splits, total, product, x_ptr, residual_ptr, mask_ptr, dy_ptr, dz_ptr, mean, slope, bias,
+            channel, rows, C, mask_divisor, mask_period, S, ROWS, HAS_RESIDUAL, ACTIVATION, MASK, KEEP, EARLY,
         )  # fmt: skip
-        if KEEP:
-            tl.store(dz_ptr + offset, dz.to(dz_ptr.dtype.element_ty), mask=inside)
-        total += dz
-        product += dz * centred
+    for step in tl.range(first_kept, steps, loop_unroll_factor=UNROLL):
+        total, product = add(
+            split + step * splits, total, product, x_ptr, residual_ptr, mask_ptr, dy_ptr, dz_ptr, mean, slope, bias,
+            channel, rows, C, mask_divisor, mask_period, S, ROWS, HAS_RESIDUAL, ACTIVATION, MASK, KEEP, LATE,
+        )  # fmt: skip
     return tl.sum(total, AXIS), tl.sum(product, AXIS)
 
 
@@ -97,6 +118,7 @@ def jbn_gradient_sums(
     splits,
     mask_divisor,
     mask_period,  # row r's mask is at (r // divisor) % period, where MASK is "rows"
+    kept,  # tiles of each program that are to stay in L2, the last ones
     sum_ptr,  # float32, (B, C)
     product_ptr,  # float32, (B, C)
     dz_ptr,  # z̄, (B, N, C, S); unwritten where not KEEP
@@ -117,6 +139,8 @@ def jbn_gradient_sums(
     MASK: tl.constexpr,  # "none", "full" or "rows"
     SHARED: tl.constexpr,  # whether all batches have one mask
     KEEP: tl.constexpr,  # whether z̄ is written, for the second launch and as the residual's cotangent
+    EARLY: tl.constexpr,
+    LATE: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """Σ z̄ and Σ z̄ · x̂ over the rows of each channel."""
@@ -131,8 +155,8 @@ def jbn_gradient_sums(
     )
     total, product = sums_of(
         x_ptr + start, residual_ptr + start, mask_ptr, dy_ptr + start, dz_ptr + start, mean, slope, bias,
-        split, splits, channel, rows, C, mask_divisor, mask_period,
-        S, ROWS, CHANNELS, UNROLL, HAS_RESIDUAL, ACTIVATION, MASK, KEEP,
+        split, splits, channel, rows, C, mask_divisor, mask_period, kept,
+        S, ROWS, CHANNELS, UNROLL, HAS_RESIDUAL, ACTIVATION, MASK, KEEP, EARLY, LATE,
     )  # fmt: skip
 
     if SPLIT:
@@ -177,18 +201,12 @@ def add_programs(partial_ptr, splits, C, channel, SPLITS: tl.constexpr, MERGE: t
 
 
 @triton.jit
-def load_pulls(
-    sum_ptr, product_ptr, weight_ptr, rstd, count, batch, C, channel,
-    HAS_WEIGHT: tl.constexpr, CACHE: tl.constexpr = ANY,
-):  # fmt: skip
-    """Σz̄ / count and Σz̄x̂ / count · 1/std of a block's channels, (CHANNELS,) each."""
-    at = batch * C + channel
+def load_weight(weight_ptr, count, at, inside, HAS_WEIGHT: tl.constexpr):
+    """What sums are multiplied by, 1 / count, or (CHANNELS,) data."""
     weight = 1.0 / count
     if HAS_WEIGHT:
-        weight = tl.load(weight_ptr + at, mask=channel < C, other=0.0)
-    offset_pull = tl.load(sum_ptr + at, mask=channel < C, other=0.0, cache_modifier=CACHE) * weight
-    slope_pull = tl.load(product_ptr + at, mask=channel < C, other=0.0, cache_modifier=CACHE) * weight * rstd
-    return offset_pull, slope_pull
+        weight = tl.load(weight_ptr + at, mask=inside, other=0.0)
+    return weight
 
 
 @triton.jit
@@ -196,8 +214,7 @@ def write_cotangent(
     x_ptr, residual_ptr, mask_ptr, dy_ptr, dx_ptr, dz_ptr, mean, slope, bias, offset_pull, slope_pull,
     split, splits, channel, rows, C, mask_divisor, mask_period,
     S: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr, CENTRED: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    ACTIVATION: tl.constexpr, MASK: tl.constexpr, KEEP: tl.constexpr,
-    CACHE: tl.constexpr = ANY, EVICT: tl.constexpr = ANY,
+    ACTIVATION: tl.constexpr, MASK: tl.constexpr, KEEP: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """x̄ of a split's tiles, the last first, and z̄ where it is kept; pointers are at the batch."""
     steps = tl.cdiv(tl.cdiv(rows, ROWS) - split, splits).to(tl.int32)
@@ -205,7 +222,7 @@ def write_cotangent(
         dx, centred, offset, inside, seen = load_cotangent(
             split + (steps - 1 - step) * splits, x_ptr, residual_ptr, mask_ptr, dy_ptr,
             mean, slope, bias, channel, rows, C, mask_divisor, mask_period,
-            S, ROWS, CENTRED, HAS_RESIDUAL, ACTIVATION, MASK, CACHE, EVICT,
+            S, ROWS, CENTRED, HAS_RESIDUAL, ACTIVATION, MASK, LAST,
         )  # fmt: skip
         if KEEP:
             tl.store(dz_ptr + offset, dx.to(dz_ptr.dtype.element_ty), mask=inside)
@@ -253,6 +270,7 @@ def jbn_gradient_input(
     MASK: tl.constexpr,  # "none", "full" or "rows"
     SHARED: tl.constexpr,  # whether all batches have one mask
     KEEP: tl.constexpr,  # whether z̄ is written
+    LAST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """x̄ = scale · rstd · (z̄ − [mask] · (Σz̄ + x̂ · Σz̄x̂) / count), walking tiles in the reverse order of the sums."""
@@ -267,11 +285,12 @@ def jbn_gradient_input(
     )
     offset_pull, slope_pull = mean, mean
     if CENTRED:
-        offset_pull, slope_pull = load_pulls(
-            sum_ptr, product_ptr, weight_ptr, rstd, count, batch, C, channel, HAS_WEIGHT
-        )
+        at, inside = batch * C + channel, channel < C
+        weight = load_weight(weight_ptr, count, at, inside, HAS_WEIGHT)
+        offset_pull = tl.load(sum_ptr + at, mask=inside, other=0.0) * weight
+        slope_pull = tl.load(product_ptr + at, mask=inside, other=0.0) * weight * rstd
     write_cotangent(
         x_ptr + start, residual_ptr + start, mask_ptr, dy_ptr + start, dx_ptr + start, dz_ptr + start, mean, slope, bias,
         offset_pull, slope_pull, split, splits, channel, rows, C, mask_divisor, mask_period,
-        S, ROWS, 1, CENTRED, HAS_RESIDUAL, ACTIVATION, MASK, KEEP,
+        S, ROWS, 1, CENTRED, HAS_RESIDUAL, ACTIVATION, MASK, KEEP, LAST,
     )  # fmt: skip

@@ -10,7 +10,7 @@ from jbn.kernels.apply import jbn_apply
 from jbn.kernels.gradients import jbn_gradient_input, jbn_gradient_sums
 from jbn.kernels.moments import jbn_moments
 from jbn.kernels.once import jbn_backward_once, jbn_forward_once
-from jbn.kernels.tiling import Slices, Tiling, View, alignment, choose, needs_wide_offsets
+from jbn.kernels.tiling import Tiling, View, alignment, choose, needs_wide_offsets
 
 
 class Output(NamedTuple):
@@ -21,7 +21,7 @@ class Output(NamedTuple):
 
 class Launch(NamedTuple):
     kernel: Any  # @triton.jit
-    tiling: Tiling | Slices
+    tiling: Tiling
     programs: int
     resident: int  # programs that a multiprocessor is to hold at once; registers must allow it
     numbers: tuple[int | float, ...]  # 32 or 64 bits as the value asks for; floats are float32
@@ -54,6 +54,7 @@ class Problem(NamedTuple):
 
 
 ABSENT = Output((1,), "float32")
+KEPT = 24 * 2**20  # bytes of what has been reduced that are to be in L2 when they are read again
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
@@ -69,9 +70,9 @@ def moments(problem: Problem, processors: int, tiling: Tiling | None = None) -> 
     tiling = tiling or _tiling(problem, processors, 2048, resident)
     vector = Output((view.batch, view.channels), "float32")
     outputs = (vector if mask else ABSENT, vector, vector, *_scratch(view, tiling, 3 if mask else 2))
-    numbers = (*_numbers(view, tiling), *_mask_numbers(mask))
+    numbers = (*_numbers(view, tiling), *_mask_numbers(mask), kept(view, problem.dtype, tiling, 1))
     constants = _constants(view, tiling) | _merging(tiling, unroll) | _masking(mask)
-    constants["RAGGED"] = view.rows % tiling.ROWS != 0
+    constants |= dict(RAGGED=view.rows % tiling.ROWS != 0, EARLY="evict_first", LATE="evict_last")
     return Launch(jbn_moments, tiling, tiling.programs(view), resident, numbers, outputs, constants)
 
 
@@ -86,15 +87,16 @@ def apply(problem: Problem, dtype: str, processors: int, tiling: Tiling | None =
         HAS_BIAS=problem.bias,
         HAS_RESIDUAL=problem.residual,
         ACTIVATION=problem.activation or "none",
+        LAST="evict_first",
     )
     outputs = (Output(tuple(view), dtype),)
     return Launch(jbn_apply, tiling, tiling.programs(view), resident, numbers, outputs, constants)
 
 
-def gradient_sums(problem: Problem, kept: str | None, processors: int, tiling: Tiling | None = None) -> Launch:
+def gradient_sums(problem: Problem, kept_dtype: str | None, processors: int, tiling: Tiling | None = None) -> Launch:
     """Arrays: x, mean, spread, epsilon, scale, bias, residual, mask, ȳ.
 
-    Outputs: Σz̄, Σz̄x̂, z̄ (of the dtype `kept`, if any), scratch, scratch.
+    Outputs: Σz̄, Σz̄x̂, z̄ (of the dtype `kept_dtype`, if any), scratch, scratch.
     """
     view = problem.view
     resident = 2 if problem.activation or problem.mask else 3
@@ -104,18 +106,24 @@ def gradient_sums(problem: Problem, kept: str | None, processors: int, tiling: T
         elements, unroll = (1024, 2) if problem.dtype == "float32" else (2048, 1)  # a whole tile spills on sm_80
     tiling = tiling or _tiling(problem, processors, elements, resident)
     vector = Output((view.batch, view.channels), "float32")
-    outputs = (vector, vector, Output(tuple(view), kept) if kept else ABSENT, *_scratch(view, tiling, 2))
+    outputs = (vector, vector, Output(tuple(view), kept_dtype) if kept_dtype else ABSENT, *_scratch(view, tiling, 2))
     numbers = (float(problem.count), *_numbers(view, tiling), *_mask_numbers(problem.mask))
-    constants = _constants(view, tiling) | _merging(tiling, unroll) | _derivative(problem) | dict(KEEP=kept is not None)
+    numbers += (kept(view, problem.dtype, tiling, 2),)
+    constants = (
+        _constants(view, tiling)
+        | _merging(tiling, unroll)
+        | _derivative(problem)
+        | dict(KEEP=kept_dtype is not None, EARLY="evict_first", LATE="evict_last")
+    )
     return Launch(jbn_gradient_sums, tiling, tiling.programs(view), resident, numbers, outputs, constants)
 
 
 def gradient_input(
-    problem: Problem, dtype: str, kept: str | None, processors: int, tiling: Tiling | None = None
+    problem: Problem, dtype: str, kept_dtype: str | None, processors: int, tiling: Tiling | None = None
 ) -> Launch:
     """Arrays: x, mean, spread, epsilon, scale, bias, weight, residual, mask, ȳ, Σz̄, Σz̄x̂.
 
-    Outputs: x̄ of `dtype`, z̄ (of the dtype `kept`, if any). With ȳ = z̄ and no activation, it needs no residual.
+    Outputs: x̄ of `dtype`, z̄ (of the dtype `kept_dtype`, if any). With ȳ = z̄ and no activation, it needs no residual.
     """
     if not problem.centred and problem.activation is None:
         problem = problem._replace(mask=None)  # x̄ = scale · rstd · ȳ
@@ -123,60 +131,71 @@ def gradient_input(
     resident = 2 if problem.residual and problem.activation else 3
     tiling = tiling or _tiling(problem, processors, 2048, resident)
     numbers = (float(problem.count), *_numbers(view, tiling), *_mask_numbers(problem.mask))
-    outputs = (Output(tuple(view), dtype), Output(tuple(view), kept) if kept else ABSENT)
+    outputs = (Output(tuple(view), dtype), Output(tuple(view), kept_dtype) if kept_dtype else ABSENT)
     constants = _constants(view, tiling) | _derivative(problem)
     constants |= dict(
         HAS_SCALE=problem.scale,
         HAS_WEIGHT=problem.weight and problem.centred,
         CENTRED=problem.centred,
-        KEEP=kept is not None,
+        LAST="evict_first",
+        KEEP=kept_dtype is not None,
     )
     return Launch(jbn_gradient_input, tiling, tiling.programs(view), resident, numbers, outputs, constants)
 
 
-def forward_once(problem: Problem, dtype: str, slices: Slices) -> Launch:
-    """Arrays: x, epsilon, scale, bias, residual. Outputs: y of `dtype`, mean, m2, scratch, scratch."""
-    view = problem.view
+def forward_once(problem: Problem, dtype: str, tiling: Tiling) -> Launch:
+    """Arrays: x, running mean and var, epsilon, scale, bias, residual, mask. Outputs: y of `dtype`, count, mean, m2.
+
+    Without a mask nothing is read of the running statistics, and no count is written.
+    """
+    view, mask = problem.view, problem.mask
     vector = Output((view.batch, view.channels), "float32")
-    outputs = (Output(tuple(view), dtype), vector, vector, *_shared(view, slices))
-    constants = _constants(view, slices) | _slicing(slices) | dict(
-        RAGGED=view.rows % slices.ROWS != 0,
-        HAS_SCALE=problem.scale,
-        HAS_BIAS=problem.bias,
-        HAS_RESIDUAL=problem.residual,
-        ACTIVATION=problem.activation or "none",
+    outputs = (Output(tuple(view), dtype), vector if mask else ABSENT, vector, vector)
+    constants = (
+        _constants(view, tiling)
+        | _masking(mask)
+        | dict(
+            UNROLL=2,
+            WRITE_UNROLL=2,
+            RAGGED=view.rows % tiling.ROWS != 0,
+            HAS_SCALE=problem.scale,
+            HAS_BIAS=problem.bias,
+            HAS_RESIDUAL=problem.residual,
+            ACTIVATION=problem.activation or "none",
+        )
     )
-    numbers = (float(problem.count), *_numbers(view, slices), view.batch, slices.group)
-    return Launch(jbn_forward_once, slices, slices.programs, 2, numbers, outputs, constants)
+    numbers = (*_numbers(view, tiling)[:2], *_mask_numbers(mask), kept(view, problem.dtype, tiling, 1))
+    return Launch(jbn_forward_once, tiling, tiling.programs(view), 2, numbers, outputs, constants)
 
 
-def backward_once(problem: Problem, dtype: str, kept: str | None, slices: Slices) -> Launch:
-    """Arrays: x, mean, spread, epsilon, scale, bias, residual, ȳ.
+def backward_once(problem: Problem, dtype: str, kept_dtype: str | None, tiling: Tiling) -> Launch:
+    """Arrays: x, mean, spread, epsilon, scale, bias, weight, residual, mask, ȳ.
 
-    Outputs: Σz̄, Σz̄x̂, x̄ of `dtype`, z̄ (of the dtype `kept`, if any), scratch, scratch.
+    Outputs: Σz̄, Σz̄x̂, x̄ of `dtype`, z̄ (of the dtype `kept_dtype`, if any).
     """
     view = problem.view
     vector = Output((view.batch, view.channels), "float32")
-    large = Output(tuple(view), dtype), Output(tuple(view), kept) if kept else ABSENT
-    constants = _constants(view, slices) | _slicing(slices) | _derivative(problem)
-    constants |= dict(HAS_SCALE=problem.scale, KEEP=kept is not None)
-    del constants["MASK"], constants["SHARED"]
-    numbers = (float(problem.count), *_numbers(view, slices), view.batch, slices.group)
-    outputs = (vector, vector, *large, *_shared(view, slices))
-    return Launch(jbn_backward_once, slices, slices.programs, 2, numbers, outputs, constants)
-
-
-def _slicing(slices: Slices) -> dict[str, Any]:
-    once = min(1024 // slices.CHANNELS, 1 << (slices.splits - 1).bit_length())
-    return dict(AHEAD=slices.ahead, UNROLL=2, WRITE_UNROLL=2, SPLITS=once, MERGE=4)
-
-
-def _shared(view: View, slices: Slices) -> tuple[Output, Output]:
-    """What programs hand to the last of them; the tickets, how many have arrived at each block, and which are ready."""
-    return (
-        Output((view.batch, slices.splits, 2, view.channels), "float32"),
-        Output((1 + 2 * slices.blocks(view),), "int32", zeroed=True),
+    outputs = vector, vector, Output(tuple(view), dtype), Output(tuple(view), kept_dtype) if kept_dtype else ABSENT
+    constants = (
+        _constants(view, tiling)
+        | _derivative(problem)
+        | dict(
+            UNROLL=2,
+            WRITE_UNROLL=2,
+            HAS_SCALE=problem.scale,
+            HAS_WEIGHT=problem.weight,
+            KEEP=kept_dtype is not None,
+        )
     )
+    numbers = (float(problem.count), *_numbers(view, tiling)[:2], *_mask_numbers(problem.mask))
+    numbers += (kept(view, problem.dtype, tiling, 2),)
+    return Launch(jbn_backward_once, tiling, tiling.programs(view), 2, numbers, outputs, constants)
+
+
+def kept(view: View, dtype: str, tiling: Tiling, tensors: int) -> int:
+    """How many tiles of each program are to stay in L2, where that many tensors are read twice."""
+    tile = tiling.ROWS * tiling.CHANNELS * ITEMSIZE[dtype] * tensors
+    return KEPT // (tile * tiling.programs(view))
 
 
 def _tiling(problem: Problem, processors: int, elements: int, resident: int) -> Tiling:
@@ -184,7 +203,7 @@ def _tiling(problem: Problem, processors: int, elements: int, resident: int) -> 
     return choose(problem.view, ITEMSIZE[problem.dtype], processors, elements, resident, rows)
 
 
-def _numbers(view: View, tiling: Tiling | Slices) -> tuple[int, ...]:
+def _numbers(view: View, tiling: Tiling) -> tuple[int, ...]:
     return view.outer, view.channels // alignment(view.channels), tiling.splits
 
 
@@ -192,7 +211,7 @@ def _mask_numbers(mask: Mask | None) -> tuple[int, ...]:
     return (1, 1) if mask is None else (mask.divisor, mask.period)
 
 
-def _constants(view: View, tiling: Tiling | Slices) -> dict[str, Any]:
+def _constants(view: View, tiling: Tiling) -> dict[str, Any]:
     return dict(
         S=view.inner,
         UNIT=alignment(view.channels),
@@ -205,7 +224,7 @@ def _constants(view: View, tiling: Tiling | Slices) -> dict[str, Any]:
 def _merging(tiling: Tiling, unroll: int) -> dict[str, Any]:
     """Partial results are merged 1024 at once: more would need more registers than the rest of the kernel."""
     once = min(1024 // tiling.CHANNELS, 1 << (tiling.splits - 1).bit_length())
-    return dict(SPLIT=tiling.splits > 1, SPLITS=once, MERGE=4, UNROLL=unroll)
+    return dict(SPLIT=tiling.splits > 1, SPLITS=once, MERGE=2, UNROLL=unroll)
 
 
 def _derivative(problem: Problem) -> dict[str, Any]:

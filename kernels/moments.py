@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 from jbn.kernels._tiles import (
-    ANY,
     along_rows,
     arrived_last,
     channels_of,
@@ -93,12 +92,36 @@ def merge_programs(
 
 
 @triton.jit
-def moments_of(
-    x_ptr, mask_ptr, split, splits, channel, rows, C, mask_divisor, mask_period,
-    S: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, UNROLL: tl.constexpr, RAGGED: tl.constexpr,
-    MASK: tl.constexpr, EVICT: tl.constexpr = ANY,
+def observe(
+    tile, share, count, mean, m2, x_ptr, mask_ptr, channel, rows, C, mask_divisor, mask_period,
+    S: tl.constexpr, ROWS: tl.constexpr, RAGGED: tl.constexpr, MASK: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
-    """(count, mean, m2) of the tiles split, split + splits, … of a block of channels; pointers are at the batch."""
+    """(count, mean, m2) of each lane with a tile's values; `share` is a value's in its lane's mean."""
+    row, offset, inside = place(tile, channel, rows, C, S, ROWS)
+    x = load(x_ptr, offset, inside, EVICT=EVICT)
+    if MASK != "none":
+        seen = load_seen(mask_ptr, row, rows, offset, inside, mask_divisor, mask_period, S, MASK)
+        x = tl.where(seen, x, mean)
+        count += seen.to(tl.float32)
+        share = tl.div_rn(1.0, tl.maximum(count, 1.0))
+    elif RAGGED:
+        x = tl.where(along_rows(row < rows, S), x, mean)
+    delta = x - mean
+    mean += delta * share
+    m2 += delta * (x - mean)
+    return count, mean, m2
+
+
+@triton.jit
+def moments_of(
+    x_ptr, mask_ptr, split, splits, channel, rows, C, mask_divisor, mask_period, kept,
+    S: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, UNROLL: tl.constexpr, RAGGED: tl.constexpr,
+    MASK: tl.constexpr, EARLY: tl.constexpr, LATE: tl.constexpr,
+):  # fmt: skip
+    """(count, mean, m2) of the tiles split, split + splits, … of a block of channels; pointers are at the batch.
+
+    The last `kept` tiles are to stay in L2, for whoever walks them backwards next.
+    """
     AXIS: tl.constexpr = 0 if S == 1 else 1
     mean = tl.zeros([ROWS, CHANNELS] if S == 1 else [CHANNELS, ROWS], tl.float32)
     m2 = tl.zeros_like(mean)
@@ -107,23 +130,20 @@ def moments_of(
         count = tl.zeros_like(mean)
     tiles = tl.cdiv(rows, ROWS)
     steps = tl.cdiv(tiles - split, splits).to(tl.int32)
+    first_kept = tl.maximum(steps - kept, 0)
     share = 1.0  # of a lane's next value in its mean; a GPU's 1 / 1 may be off by a bit
-    for step in tl.range(steps, loop_unroll_factor=UNROLL):
-        row, offset, inside = place(split + step * splits, channel, rows, C, S, ROWS)
-        x = load(x_ptr, offset, inside, EVICT=EVICT)
-        if MASK != "none":
-            seen = load_seen(mask_ptr, row, rows, offset, inside, mask_divisor, mask_period, S, MASK)
-            x = tl.where(seen, x, mean)
-            count += seen.to(tl.float32)
-            delta = x - mean
-            mean += delta * tl.div_rn(1.0, tl.maximum(count, 1.0))
-        else:
-            if RAGGED:
-                x = tl.where(along_rows(row < rows, S), x, mean)
-            delta = x - mean
-            mean += delta * share
-            share = 1.0 / (step + 2)
-        m2 += delta * (x - mean)
+    for step in tl.range(first_kept, loop_unroll_factor=UNROLL):
+        count, mean, m2 = observe(
+            split + step * splits, share, count, mean, m2, x_ptr, mask_ptr, channel, rows, C, mask_divisor, mask_period,
+            S, ROWS, RAGGED, MASK, EARLY,
+        )  # fmt: skip
+        share = 1.0 / (step + 2)
+    for step in tl.range(first_kept, steps, loop_unroll_factor=UNROLL):
+        count, mean, m2 = observe(
+            split + step * splits, share, count, mean, m2, x_ptr, mask_ptr, channel, rows, C, mask_divisor, mask_period,
+            S, ROWS, RAGGED, MASK, LATE,
+        )  # fmt: skip
+        share = 1.0 / (step + 2)
     if MASK == "none":
         last = rows_of(split + (steps - 1) * splits, ROWS)
         count += along_rows(steps - (last >= rows).to(tl.int32), S).to(tl.float32)
@@ -141,6 +161,7 @@ def jbn_moments(
     splits,
     mask_divisor,
     mask_period,  # row r's mask is at (r // divisor) % period, where MASK is "rows"
+    kept,  # tiles of each program that are to stay in L2, the last ones
     count_ptr,  # float32, (B, C); unwritten without MASK
     mean_ptr,  # float32, (B, C)
     m2_ptr,  # float32, (B, C)
@@ -157,6 +178,8 @@ def jbn_moments(
     RAGGED: tl.constexpr,  # whether the last tile has fewer rows
     MASK: tl.constexpr,  # "none", "full" or "rows"
     SHARED: tl.constexpr,  # whether all batches have one mask
+    EARLY: tl.constexpr,
+    LATE: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """count = Σ mask, mean = Σ x / count, m2 = Σ (x − mean)² over the rows of each channel that the mask has."""
@@ -168,8 +191,8 @@ def jbn_moments(
         mask_ptr += batch.to(tl.int64) * (rows * C if MASK == "full" else mask_period)
 
     total, mean, m2 = moments_of(
-        x_ptr, mask_ptr, split, splits, channel, rows, C, mask_divisor, mask_period,
-        S, ROWS, CHANNELS, UNROLL, RAGGED, MASK,
+        x_ptr, mask_ptr, split, splits, channel, rows, C, mask_divisor, mask_period, kept,
+        S, ROWS, CHANNELS, UNROLL, RAGGED, MASK, EARLY, LATE,
     )  # fmt: skip
 
     if SPLIT:

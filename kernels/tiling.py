@@ -44,25 +44,6 @@ class Tiling(NamedTuple):
         return view.batch * self.splits * self.blocks(view)
 
 
-class Slices(NamedTuple):
-    """A pass in one launch: `group` blocks of channels make a slice, each of whose blocks `splits` programs share.
-
-    Tiles and what a program walks are as with `Tiling`; `programs` of them take turns.
-    """
-
-    ROWS: int
-    CHANNELS: int
-    splits: int
-    warps: int
-    group: int
-    ahead: bool  # whether a slice is reduced before the one before it is written
-    programs: int
-
-    def blocks(self, view: View) -> int:
-        """Blocks of channels, of all batches."""
-        return view.batch * _ceil(view.channels, self.CHANNELS)
-
-
 def choose(
     view: View, itemsize: int, processors: int, elements: int, resident: int, mask_of_rows: bool = False
 ) -> Tiling:
@@ -102,7 +83,7 @@ def alignment(count: int) -> int:
     return min(count & -count, 16)
 
 
-def needs_wide_offsets(view: View, tiling: Tiling | Slices) -> bool:
+def needs_wide_offsets(view: View, tiling: Tiling) -> bool:
     """Whether an offset passes 32 bits: within a batch, of masked-off elements too, or in a vector for each batch."""
     rows = (_ceil(view.rows, tiling.ROWS) + tiling.splits) * tiling.ROWS + view.inner
     return max(rows, view.batch) * (view.channels + tiling.CHANNELS) >= 2**31

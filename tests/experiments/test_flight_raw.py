@@ -13,15 +13,15 @@ from experiments.benchmarks.gpu.flight.lines import Lines, read
 from experiments.benchmarks.gpu.flight.memory import HostMemory, TorchMemory
 from experiments.benchmarks.gpu.flight.operands import Operands
 from experiments.benchmarks.gpu.flight.pieces import NAMED, Case, Tried
-from jbn.kernels.tiling import Slices, Tiling
+from jbn.kernels.tiling import Tiling
 
 SHAPE = (3, 10, 10, 32)
 SPLIT = Tried(Tiling(64, 32, 3, 4))
 ONCE = ("forward", "backward")
-SLICED = [Tried(Slices(64, 8, 3, 4, 3, True, 5)), Tried(Slices(64, 16, 2, 4, 1, False, 3))]
+WHOLE = [Tried(Tiling(64, 8, 1, 4)), Tried(Tiling(64, 16, 1, 4))]
 CASES = [Case(*name, SHAPE, "bfloat16") for name in NAMED if name[0] not in ONCE]
 CASES += [Case(*name, SHAPE, "float32", SPLIT) for name in NAMED if name[0] not in ("copy", *ONCE)]
-CASES += [Case(*name, SHAPE, "float32", how) for name in NAMED if name[0] in ONCE for how in SLICED]
+CASES += [Case(*name, SHAPE, "float32", how) for name in NAMED if name[0] in ONCE for how in WHOLE]
 
 
 @pytest.fixture

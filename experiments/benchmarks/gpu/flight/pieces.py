@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from experiments.benchmarks.gpu.flight import bandwidth
 from jbn.kernels import launches
 from jbn.kernels.launches import Launch, Problem
-from jbn.kernels.tiling import Slices, Tiling, View
+from jbn.kernels.tiling import Tiling, View
 
 PROCESSORS = 132  # multiprocessors of an H100 and an H200
 VECTORS = ("mean", "spread", "epsilon", "scale", "bias")
@@ -19,7 +19,7 @@ VECTORS = ("mean", "spread", "epsilon", "scale", "bias")
 class Tried(NamedTuple):
     """A way to launch a piece; `tiling` None is the library's own choice, as are the constants that are not given."""
 
-    tiling: Tiling | Slices | None = None
+    tiling: Tiling | None = None
     constants: tuple[tuple[str, Any], ...] = ()
 
 
@@ -70,28 +70,15 @@ def cut(view: View, rows: int, channels: int, warps: int, resident: int) -> Tili
     return Tiling(rows, channels, -(-tiles // -(-tiles // share)), warps)
 
 
-def in_slices(tensors: int, *ways: tuple[int, int, int, int, int]) -> Callable[[View, str], list[Tried]]:
-    """Slices of several sizes, of `tensors` that are read twice; ways are (channels, elements, programs of a
-    multiprocessor, tiles in flight when reducing and when writing), for bfloat16."""
+def whole(*ways: tuple[int, int, int]) -> Callable[[View, str], list[Tried]]:
+    """A program for each block of channels; ways are (bytes of channels, bytes of a tile, warps)."""
 
     def tried(view: View, dtype: str) -> list[Tried]:
-        found = []
-        for channels, elements, resident, unroll, writing in ways:
-            channels, elements = (channels // 2, elements // 2) if dtype == "float32" else (channels, elements)
-            blocks, programs = -(-view.channels // channels), resident * PROCESSORS
-            if channels > view.channels:
-                continue
-            block = view.rows * channels * (4 if dtype == "float32" else 2) * tensors
-            for group in sorted({min(blocks, 2**i) for i in range(8)}):
-                for ahead in (True, False):
-                    held = group * block * (2 if ahead and group < blocks else 1)
-                    if held > 44e6 or held < min(8e6, blocks * block) or (ahead and group == blocks):
-                        continue
-                    tiles = -(-view.rows // (elements // channels))
-                    splits = min(tiles, max(1, programs // group))
-                    splits = -(-tiles // -(-tiles // splits))
-                    slices = Slices(elements // channels, channels, splits, 8, group, ahead, programs)
-                    found.append(Tried(slices, (("UNROLL", unroll), ("WRITE_UNROLL", writing))))
+        size, found = 4 if dtype == "float32" else 2, []
+        for width, tile, warps in ways:
+            channels = width // size
+            if channels <= view.channels and view.rows * width <= 6.6e6:
+                found.append(Tried(Tiling(tile // width, channels, 1, warps)))
         return found
 
     return tried
@@ -135,12 +122,14 @@ def _input(problem: Problem, tiling: Tiling | None) -> Launch:
     return launches.gradient_input(problem, problem.dtype, None, PROCESSORS, tiling)
 
 
-def _forward(problem: Problem, slices: Slices | None) -> Launch | None:
-    return slices and launches.forward_once(problem, problem.dtype, slices)
+def _forward(problem: Problem, tiling: Tiling | None) -> Launch | None:
+    return tiling and launches.forward_once(problem, problem.dtype, tiling)
 
 
-def _backward(problem: Problem, slices: Slices | None) -> Launch | None:
-    return slices and launches.backward_once(problem, problem.dtype, problem.dtype if problem.residual else None, slices)
+def _backward(problem: Problem, tiling: Tiling | None) -> Launch | None:
+    return tiling and launches.backward_once(
+        problem, problem.dtype, problem.dtype if problem.residual else None, tiling
+    )
 
 
 def _copy(problem: Problem, _tiling: Tiling | None) -> Launch:
@@ -155,10 +144,10 @@ APPLY_READS = ("x", *VECTORS, "residual")
 SUMS_READS = ("x", *VECTORS, "residual", "x", "dy")
 INPUT_READS = ("x", *VECTORS, "mean", "residual", "x", "dy", "total", "product")
 SUMS = {0: "total", 1: "product"}
-FORWARD = {0: "y", 1: "mean", 2: "m2"}
-BACKWARD_READS = ("x", *VECTORS, "residual", "dy")
-FORWARDS = in_slices(1, (64, 4096, 2, 2, 1), (64, 4096, 2, 2, 2), (64, 2048, 3, 2, 2), (32, 4096, 2, 2, 2))
-BACKWARDS = in_slices(2, (64, 2048, 2, 2, 1), (64, 2048, 2, 2, 2), (32, 2048, 2, 2, 2))
+FORWARD = {0: "y", 2: "mean", 3: "m2"}
+FORWARD_READS = ("x", "mean", "spread", "epsilon", "scale", "bias", "residual", "x")
+BACKWARD_READS = ("x", *VECTORS, "mean", "residual", "x", "dy")
+WHOLE = whole((32, 8192, 8), (32, 16384, 16), (64, 8192, 8), (64, 16384, 16), (16, 8192, 8))
 PIECES = (
     Piece("copy", "alone", _copy, ("x",), {0: "x"}, 2, alone),
     Piece("read", "alone", _read, ("x",), {0: "columns"}, 1, slices),
@@ -170,10 +159,10 @@ PIECES = (
     Piece("sums", "add + relu", _sums, SUMS_READS, {**SUMS, 2: "dz"}, 4, grid(1, 2)),
     # with add + relu the second launch has z̄ for ȳ and no activation: it is this one
     Piece("input", "alone", _input, INPUT_READS, {0: "dx"}, 3, grid()),
-    Piece("forward", "relu", _forward, ("x", "epsilon", "scale", "bias", "residual"), FORWARD, 2, FORWARDS),
-    Piece("backward", "relu", _backward, BACKWARD_READS, {**SUMS, 2: "dx"}, 3, BACKWARDS),
-    Piece("forward", "add + relu", _forward, ("x", "epsilon", "scale", "bias", "residual"), FORWARD, 3, FORWARDS),
-    Piece("backward", "add + relu", _backward, BACKWARD_READS, {**SUMS, 2: "dx", 3: "dz"}, 5, BACKWARDS),
+    Piece("forward", "relu", _forward, FORWARD_READS, FORWARD, 2, WHOLE),
+    Piece("backward", "relu", _backward, BACKWARD_READS, {**SUMS, 2: "dx"}, 3, WHOLE),
+    Piece("forward", "add + relu", _forward, FORWARD_READS, FORWARD, 3, WHOLE),
+    Piece("backward", "add + relu", _backward, BACKWARD_READS, {**SUMS, 2: "dx", 3: "dz"}, 5, WHOLE),
     Piece("apply", "alone", _apply, APPLY_READS, {0: "y"}, 2, alone),
     Piece("sums", "alone", _sums, SUMS_READS, SUMS, 2, alone),
 )

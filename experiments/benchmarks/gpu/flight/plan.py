@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmarks.gpu.flight import ahead
-from experiments.benchmarks.gpu.flight.pieces import NAMED, PIECES, Case, arrays_of, is_chosen, launch_of, problem_of, reads_of
+from experiments.benchmarks.gpu.flight.pieces import (
+    NAMED,
+    PIECES,
+    Case,
+    arrays_of,
+    is_chosen,
+    launch_of,
+    problem_of,
+    reads_of,
+)
 from experiments.benchmarks.gpu.flight.raw import COPIED
 from experiments.material import cases
 
