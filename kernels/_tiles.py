@@ -9,8 +9,6 @@ and so of all that is computed with them, positions and offsets among it.
 import triton
 import triton.language as tl
 
-ANY = tl.constexpr("")  # an eviction policy: none in particular
-
 
 @triton.jit
 def sizes(outer, units, S: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr):
@@ -78,9 +76,9 @@ def place(tile, channel, rows, C, S: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def load(ptr, offset, inside, EVICT: tl.constexpr = ANY):
+def load(ptr, offset, inside):
     """A tile in float32, 0 outside."""
-    return tl.load(ptr + offset, mask=inside, other=0.0, eviction_policy=EVICT).to(tl.float32)
+    return tl.load(ptr + offset, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -109,27 +107,21 @@ def load_rstd(spread_ptr, epsilon_ptr, count, batch, C, channel):
 
 
 @triton.jit
-def load_vectors(scale_ptr, bias_ptr, rstd, at, inside, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """scale/std and bias of a block's channels, (CHANNELS,) each; a bias that is absent is 0."""
-    slope = rstd
-    if HAS_SCALE:
-        slope = rstd * tl.load(scale_ptr + at, mask=inside, other=0.0)
-    bias = tl.zeros_like(rstd)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + at, mask=inside, other=0.0)
-    return slope, bias
-
-
-@triton.jit
 def load_map(
     mean_ptr, spread_ptr, epsilon_ptr, scale_ptr, bias_ptr, count, batch, C, channel,
     HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """mean, 1/std, scale/std and bias of a block's channels, (CHANNELS,) each."""
-    at, inside = batch * C + channel, channel < C
+    """mean, 1/std, scale/std and bias of a block's channels, (CHANNELS,) each; a bias that is absent is 0."""
+    at = batch * C + channel
+    inside = channel < C
     mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
     rstd = load_rstd(spread_ptr, epsilon_ptr, count, batch, C, channel)
-    slope, bias = load_vectors(scale_ptr, bias_ptr, rstd, at, inside, HAS_SCALE, HAS_BIAS)
+    slope = rstd
+    if HAS_SCALE:
+        slope = rstd * tl.load(scale_ptr + at, mask=inside, other=0.0)
+    bias = tl.zeros_like(mean)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + at, mask=inside, other=0.0)
     return mean, rstd, slope, bias
 
 

@@ -8,24 +8,6 @@ from jbn.kernels.activations import activate
 
 
 @triton.jit
-def write_output(
-    x_ptr, residual_ptr, y_ptr, mean, slope, bias, split, splits, channel, rows, C,
-    S: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
-    LAST: tl.constexpr,
-):  # fmt: skip
-    """y of a split's tiles, the last first; pointers are at the batch."""
-    steps = tl.cdiv(tl.cdiv(rows, ROWS) - split, splits).to(tl.int32)
-    for step in tl.range(steps, loop_unroll_factor=UNROLL):
-        _row, offset, inside = place(split + (steps - 1 - step) * splits, channel, rows, C, S, ROWS)
-        x = load(x_ptr, offset, inside, LAST)
-        z = (x - along_channels(mean, S)) * along_channels(slope, S) + along_channels(bias, S)
-        if HAS_RESIDUAL:
-            z += load(residual_ptr, offset, inside)
-        y = activate(z, ACTIVATION)
-        tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=inside, eviction_policy="evict_first")
-
-
-@triton.jit
 def jbn_apply(
     x_ptr,  # (B, N, C, S)
     mean_ptr,  # float32, (B, C)
@@ -47,7 +29,6 @@ def jbn_apply(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    LAST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """y = activation(scale · (x − mean) / √(spread / count + epsilon) + bias + residual).
@@ -61,7 +42,12 @@ def jbn_apply(
     mean, _, slope, bias = load_map(
         mean_ptr, spread_ptr, epsilon_ptr, scale_ptr, bias_ptr, count, batch, C, channel, HAS_SCALE, HAS_BIAS
     )
-    write_output(
-        x_ptr + start, residual_ptr + start, y_ptr + start, mean, slope, bias, split, splits, channel, rows, C,
-        S, ROWS, 1, HAS_RESIDUAL, ACTIVATION, LAST,
-    )  # fmt: skip
+    steps = tl.cdiv(tl.cdiv(rows, ROWS) - split, splits).to(tl.int32)
+    for step in range(steps):
+        _row, offset, inside = place(split + (steps - 1 - step) * splits, channel, rows, C, S, ROWS)
+        x = load(x_ptr + start, offset, inside)
+        z = (x - along_channels(mean, S)) * along_channels(slope, S) + along_channels(bias, S)
+        if HAS_RESIDUAL:
+            z += load(residual_ptr + start, offset, inside)
+        y = activate(z, ACTIVATION)
+        tl.store(y_ptr + start + offset, y.to(y_ptr.dtype.element_ty), mask=inside, eviction_policy="evict_first")

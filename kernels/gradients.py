@@ -23,26 +23,25 @@ from jbn.kernels.activations import through
 def load_cotangent(
     tile, x_ptr, residual_ptr, mask_ptr, dy_ptr, mean, slope, bias, channel, rows, C, mask_divisor, mask_period,
     S: tl.constexpr, ROWS: tl.constexpr, CENTRED: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    ACTIVATION: tl.constexpr, MASK: tl.constexpr, EVICT: tl.constexpr,
+    ACTIVATION: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """(z̄, x − mean, offsets, what is inside, what the mask has) of a tile; pointers are at the batch.
 
     What is masked and not finite reaches no derivative: x − mean and residual count as 0 there, and so does a ȳ that is
     not finite where x is not, the 0 · NaN of a loss that masks y after squaring it. x is read where it is needed.
-    EVICT is for what is read twice, x and ȳ.
     """
     row, offset, inside = place(tile, channel, rows, C, S, ROWS)
     seen = load_seen(mask_ptr, row, rows, offset, inside, mask_divisor, mask_period, S, MASK)
     if CENTRED or ACTIVATION != "none":
-        x = load(x_ptr, offset, inside, EVICT=EVICT)  # before ȳ: behind it one binary spills
-        dz = load(dy_ptr, offset, inside, EVICT)
+        x = load(x_ptr, offset, inside)  # before ȳ: behind it one binary spills
+        dz = load(dy_ptr, offset, inside)
         centred = x - along_channels(mean, S)
         if MASK != "none":
             there = seen | is_finite(x)
             dz = tl.where(there | is_finite(dz), dz, 0.0)
             centred = tl.where(there, centred, 0.0)
     else:
-        dz = load(dy_ptr, offset, inside, EVICT)
+        dz = load(dy_ptr, offset, inside)
         centred = dz
     if ACTIVATION != "none":
         z = centred * along_channels(slope, S) + along_channels(bias, S)
@@ -53,52 +52,6 @@ def load_cotangent(
             z += residual
         dz = through(dz, z, ACTIVATION)
     return dz, centred, offset, inside, seen
-
-
-@triton.jit
-def add(
-    tile, total, product, x_ptr, residual_ptr, mask_ptr, dy_ptr, dz_ptr, mean, slope, bias, channel, rows, C,
-    mask_divisor, mask_period, S: tl.constexpr, ROWS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, MASK: tl.constexpr, KEEP: tl.constexpr, EVICT: tl.constexpr,
-):  # fmt: skip
-    """(Σz̄, Σz̄ · (x − mean)) of each lane with a tile's values."""
-    dz, centred, offset, inside, _seen = load_cotangent(
-        tile, x_ptr, residual_ptr, mask_ptr, dy_ptr, mean, slope, bias, channel, rows, C, mask_divisor, mask_period,
-        S, ROWS, True, HAS_RESIDUAL, ACTIVATION, MASK, EVICT,
-    )  # fmt: skip
-    if KEEP:
-        tl.store(dz_ptr + offset, dz.to(dz_ptr.dtype.element_ty), mask=inside, eviction_policy=EVICT)
-    return total + dz, product + dz * centred
-
-
-@triton.jit
-def sums_of(
-    x_ptr, residual_ptr, mask_ptr, dy_ptr, dz_ptr, mean, slope, bias, split, splits, channel, rows, C,
-    mask_divisor, mask_period, kept,
-    S: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, UNROLL: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, MASK: tl.constexpr, KEEP: tl.constexpr,
-    EARLY: tl.constexpr, LATE: tl.constexpr,
-):  # fmt: skip
-    """Σz̄ and Σz̄ · (x − mean) of a split's tiles, (CHANNELS,); z̄ is written where it is kept. Pointers are at the batch.
-
-    The last `kept` tiles are to stay in L2, for whoever walks them backwards next.
-    """
-    AXIS: tl.constexpr = 0 if S == 1 else 1
-    total = tl.zeros([ROWS, CHANNELS] if S == 1 else [CHANNELS, ROWS], tl.float32)
-    product = tl.zeros_like(total)
-    steps = tl.cdiv(tl.cdiv(rows, ROWS) - split, splits).to(tl.int32)
-    first_kept = tl.maximum(steps - kept, 0)
-    for step in tl.range(first_kept, loop_unroll_factor=UNROLL):
-        total, product = add(
-            split + step * splits, total, product, x_ptr, residual_ptr, mask_ptr, dy_ptr, dz_ptr, mean, slope, bias,
-            channel, rows, C, mask_divisor, mask_period, S, ROWS, HAS_RESIDUAL, ACTIVATION, MASK, KEEP, EARLY,
-        )  # fmt: skip
-    for step in tl.range(first_kept, steps, loop_unroll_factor=UNROLL):
-        total, product = add(
-            split + step * splits, total, product, x_ptr, residual_ptr, mask_ptr, dy_ptr, dz_ptr, mean, slope, bias,
-            channel, rows, C, mask_divisor, mask_period, S, ROWS, HAS_RESIDUAL, ACTIVATION, MASK, KEEP, LATE,
-        )  # fmt: skip
-    return tl.sum(total, AXIS), tl.sum(product, AXIS)
 
 
 @triton.jit
@@ -118,7 +71,6 @@ def jbn_gradient_sums(
     splits,
     mask_divisor,
     mask_period,  # row r's mask is at (r // divisor) % period, where MASK is "rows"
-    kept,  # tiles of each program that are to stay in L2, the last ones
     sum_ptr,  # float32, (B, C)
     product_ptr,  # float32, (B, C)
     dz_ptr,  # z̄, (B, N, C, S); unwritten where not KEEP
@@ -130,7 +82,6 @@ def jbn_gradient_sums(
     CHANNELS: tl.constexpr,
     UNROLL: tl.constexpr,  # tiles whose loads are in flight at once
     SPLITS: tl.constexpr,  # programs whose results are merged at once
-    MERGE: tl.constexpr,  # times that many are loaded at once
     SPLIT: tl.constexpr,  # whether several programs share a block of channels
     HAS_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -139,8 +90,6 @@ def jbn_gradient_sums(
     MASK: tl.constexpr,  # "none", "full" or "rows"
     SHARED: tl.constexpr,  # whether all batches have one mask
     KEEP: tl.constexpr,  # whether z̄ is written, for the second launch and as the residual's cotangent
-    EARLY: tl.constexpr,
-    LATE: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """Σ z̄ and Σ z̄ · x̂ over the rows of each channel."""
@@ -153,28 +102,32 @@ def jbn_gradient_sums(
     mean, _, slope, bias = load_map(
         mean_ptr, spread_ptr, epsilon_ptr, scale_ptr, bias_ptr, count, batch, C, channel, HAS_SCALE, HAS_BIAS
     )
-    total, product = sums_of(
-        x_ptr + start, residual_ptr + start, mask_ptr, dy_ptr + start, dz_ptr + start, mean, slope, bias,
-        split, splits, channel, rows, C, mask_divisor, mask_period, kept,
-        S, ROWS, CHANNELS, UNROLL, HAS_RESIDUAL, ACTIVATION, MASK, KEEP, EARLY, LATE,
-    )  # fmt: skip
+    AXIS: tl.constexpr = 0 if S == 1 else 1
+    total = tl.zeros([ROWS, CHANNELS] if S == 1 else [CHANNELS, ROWS], tl.float32)
+    product = tl.zeros_like(total)
+    steps = tl.cdiv(tl.cdiv(rows, ROWS) - split, splits).to(tl.int32)
+    for step in tl.range(steps, loop_unroll_factor=UNROLL):
+        dz, centred, offset, inside, _seen = load_cotangent(
+            split + step * splits, x_ptr + start, residual_ptr + start, mask_ptr, dy_ptr + start, mean, slope, bias,
+            channel, rows, C, mask_divisor, mask_period, S, ROWS, True, HAS_RESIDUAL, ACTIVATION, MASK,
+        )  # fmt: skip
+        if KEEP:
+            tl.store(dz_ptr + start + offset, dz.to(dz_ptr.dtype.element_ty), mask=inside)
+        total += dz
+        product += dz * centred
+    total = tl.sum(total, AXIS)
+    product = tl.sum(product, AXIS)
 
     if SPLIT:
         partial_ptr += batch.to(tl.int64) * splits * (2 * C)
-        hand_in_sums(partial_ptr, split, C, channel, total, product)
+        at = partial_ptr + split.to(tl.int64) * (2 * C) + channel
+        tl.store(at, total, mask=channel < C, cache_modifier=".cg")
+        tl.store(at + C, product, mask=channel < C, cache_modifier=".cg")
         if arrived_last(arrivals_ptr, batch * tl.cdiv(C, CHANNELS) + block, splits):
-            total, product = add_programs(partial_ptr, splits, C, channel, SPLITS, MERGE)
+            total, product = add_programs(partial_ptr, splits, C, channel, SPLITS)
             store_sums(sum_ptr, product_ptr, spread_ptr, epsilon_ptr, count, batch, C, channel, total, product)
     else:
         store_sums(sum_ptr, product_ptr, spread_ptr, epsilon_ptr, count, batch, C, channel, total, product)
-
-
-@triton.jit
-def hand_in_sums(partial_ptr, split, C, channel, total, product):
-    """Writes what a program found, for the last of them to add; partial_ptr at the batch."""
-    at = partial_ptr + split.to(tl.int64) * (2 * C) + channel
-    tl.store(at, total, mask=channel < C, cache_modifier=".cg")
-    tl.store(at + C, product, mask=channel < C, cache_modifier=".cg")
 
 
 @triton.jit
@@ -186,11 +139,11 @@ def store_sums(sum_ptr, product_ptr, spread_ptr, epsilon_ptr, count, batch, C, c
 
 
 @triton.jit
-def add_programs(partial_ptr, splits, C, channel, SPLITS: tl.constexpr, MERGE: tl.constexpr):
+def add_programs(partial_ptr, splits, C, channel, SPLITS: tl.constexpr):
     """The sums of what each program wrote of a block of channels; partial_ptr at their batch."""
     total = tl.zeros([SPLITS, channel.shape[0]], tl.float32)
     product = tl.zeros_like(total)
-    for first in tl.range(0, splits, SPLITS, loop_unroll_factor=MERGE):
+    for first in tl.range(0, splits, SPLITS, loop_unroll_factor=2):
         split = first + tl.arange(0, SPLITS)
         there = (split < splits)[:, None] & (channel < C)[None, :]
         at = partial_ptr + split[:, None] * (2 * C) + channel[None, :]
@@ -198,41 +151,6 @@ def add_programs(partial_ptr, splits, C, channel, SPLITS: tl.constexpr, MERGE: t
         total += tl.load(at, mask=there, other=0.0, cache_modifier=".cg")
         product += tl.load(at + C, mask=there, other=0.0, cache_modifier=".cg")
     return tl.sum(total, 0), tl.sum(product, 0)
-
-
-@triton.jit
-def load_weight(weight_ptr, count, at, inside, HAS_WEIGHT: tl.constexpr):
-    """What sums are multiplied by, 1 / count, or (CHANNELS,) data."""
-    weight = 1.0 / count
-    if HAS_WEIGHT:
-        weight = tl.load(weight_ptr + at, mask=inside, other=0.0)
-    return weight
-
-
-@triton.jit
-def write_cotangent(
-    x_ptr, residual_ptr, mask_ptr, dy_ptr, dx_ptr, dz_ptr, mean, slope, bias, offset_pull, slope_pull,
-    split, splits, channel, rows, C, mask_divisor, mask_period,
-    S: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr, CENTRED: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    ACTIVATION: tl.constexpr, MASK: tl.constexpr, KEEP: tl.constexpr, LAST: tl.constexpr,
-):  # fmt: skip
-    """x̄ of a split's tiles, the last first, and z̄ where it is kept; pointers are at the batch."""
-    steps = tl.cdiv(tl.cdiv(rows, ROWS) - split, splits).to(tl.int32)
-    for step in tl.range(steps, loop_unroll_factor=UNROLL):
-        dx, centred, offset, inside, seen = load_cotangent(
-            split + (steps - 1 - step) * splits, x_ptr, residual_ptr, mask_ptr, dy_ptr,
-            mean, slope, bias, channel, rows, C, mask_divisor, mask_period,
-            S, ROWS, CENTRED, HAS_RESIDUAL, ACTIVATION, MASK, LAST,
-        )  # fmt: skip
-        if KEEP:
-            tl.store(dz_ptr + offset, dx.to(dz_ptr.dtype.element_ty), mask=inside)
-        if CENTRED:
-            pull = along_channels(offset_pull, S) + centred * along_channels(slope_pull, S)
-            if MASK != "none":
-                pull = tl.where(seen, pull, 0.0)
-            dx -= pull
-        dx *= along_channels(slope, S)
-        tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=inside, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -270,7 +188,6 @@ def jbn_gradient_input(
     MASK: tl.constexpr,  # "none", "full" or "rows"
     SHARED: tl.constexpr,  # whether all batches have one mask
     KEEP: tl.constexpr,  # whether z̄ is written
-    LAST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """x̄ = scale · rstd · (z̄ − [mask] · (Σz̄ + x̂ · Σz̄x̂) / count), walking tiles in the reverse order of the sums."""
@@ -283,14 +200,26 @@ def jbn_gradient_input(
     mean, rstd, slope, bias = load_map(
         mean_ptr, spread_ptr, epsilon_ptr, scale_ptr, bias_ptr, count, batch, C, channel, HAS_SCALE, HAS_BIAS
     )
-    offset_pull, slope_pull = mean, mean
     if CENTRED:
-        at, inside = batch * C + channel, channel < C
-        weight = load_weight(weight_ptr, count, at, inside, HAS_WEIGHT)
-        offset_pull = tl.load(sum_ptr + at, mask=inside, other=0.0) * weight
-        slope_pull = tl.load(product_ptr + at, mask=inside, other=0.0) * weight * rstd
-    write_cotangent(
-        x_ptr + start, residual_ptr + start, mask_ptr, dy_ptr + start, dx_ptr + start, dz_ptr + start, mean, slope, bias,
-        offset_pull, slope_pull, split, splits, channel, rows, C, mask_divisor, mask_period,
-        S, ROWS, 1, CENTRED, HAS_RESIDUAL, ACTIVATION, MASK, KEEP, LAST,
-    )  # fmt: skip
+        at = batch * C + channel
+        weight = 1.0 / count
+        if HAS_WEIGHT:
+            weight = tl.load(weight_ptr + at, mask=channel < C, other=0.0)
+        offset_pull = tl.load(sum_ptr + at, mask=channel < C, other=0.0) * weight
+        slope_pull = tl.load(product_ptr + at, mask=channel < C, other=0.0) * weight * rstd
+    steps = tl.cdiv(tl.cdiv(rows, ROWS) - split, splits).to(tl.int32)
+    for step in range(steps):
+        dx, centred, offset, inside, seen = load_cotangent(
+            split + (steps - 1 - step) * splits, x_ptr + start, residual_ptr + start, mask_ptr, dy_ptr + start,
+            mean, slope, bias, channel, rows, C, mask_divisor, mask_period,
+            S, ROWS, CENTRED, HAS_RESIDUAL, ACTIVATION, MASK,
+        )  # fmt: skip
+        if KEEP:
+            tl.store(dz_ptr + start + offset, dx.to(dz_ptr.dtype.element_ty), mask=inside)
+        if CENTRED:
+            pull = along_channels(offset_pull, S) + centred * along_channels(slope_pull, S)
+            if MASK != "none":
+                pull = tl.where(seen, pull, 0.0)
+            dx -= pull
+        dx *= along_channels(slope, S)
+        tl.store(dx_ptr + start + offset, dx.to(dx_ptr.dtype.element_ty), mask=inside, eviction_policy="evict_first")

@@ -8,17 +8,7 @@ last program to arrive at a block of channels merges what all of them wrote. A c
 import triton
 import triton.language as tl
 
-from jbn.kernels._tiles import (
-    along_rows,
-    arrived_last,
-    channels_of,
-    load,
-    load_seen,
-    place,
-    program,
-    rows_of,
-    sizes,
-)
+from jbn.kernels._tiles import along_rows, arrived_last, channels_of, load, load_seen, place, program, rows_of, sizes
 
 
 @triton.jit
@@ -38,8 +28,7 @@ def merge_lanes(count, mean, m2, AXIS: tl.constexpr):
 
 @triton.jit
 def merge_programs(
-    partial_ptr, splits, rows, C, channel,
-    ROWS: tl.constexpr, SPLITS: tl.constexpr, MERGE: tl.constexpr, MASKED: tl.constexpr,
+    partial_ptr, splits, rows, C, channel, ROWS: tl.constexpr, SPLITS: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
     """Moments of a block of channels from what each program wrote of them; partial_ptr at their batch.
 
@@ -53,7 +42,7 @@ def merge_programs(
     # loads go past L1 (.cg), which is not coherent with other multiprocessors
     if MASKED:
         highest = tl.full([SPLITS, channel.shape[0]], float("-inf"), tl.float32)
-        for first in tl.range(0, splits, SPLITS, loop_unroll_factor=MERGE):
+        for first in tl.range(0, splits, SPLITS, loop_unroll_factor=2):
             split = first + tl.arange(0, SPLITS)
             there = (split < splits)[:, None] & inside[None, :]
             at = partial_ptr[None, :] + split[:, None] * (FIELDS * C)
@@ -67,7 +56,7 @@ def merge_programs(
     total = tl.zeros([SPLITS, channel.shape[0]], tl.float32)
     first_order = tl.zeros_like(total)
     second_order = tl.zeros_like(total)
-    for first in tl.range(0, splits, SPLITS, loop_unroll_factor=MERGE):
+    for first in tl.range(0, splits, SPLITS, loop_unroll_factor=2):
         split = first + tl.arange(0, SPLITS)
         there = (split < splits)[:, None] & inside[None, :]
         at = partial_ptr[None, :] + split[:, None] * (FIELDS * C)
@@ -92,67 +81,6 @@ def merge_programs(
 
 
 @triton.jit
-def observe(
-    tile, share, count, mean, m2, x_ptr, mask_ptr, channel, rows, C, mask_divisor, mask_period,
-    S: tl.constexpr, ROWS: tl.constexpr, RAGGED: tl.constexpr, MASK: tl.constexpr, EVICT: tl.constexpr,
-):  # fmt: skip
-    """(count, mean, m2) of each lane with a tile's values; `share` is a value's in its lane's mean."""
-    row, offset, inside = place(tile, channel, rows, C, S, ROWS)
-    x = load(x_ptr, offset, inside, EVICT=EVICT)
-    if MASK != "none":
-        seen = load_seen(mask_ptr, row, rows, offset, inside, mask_divisor, mask_period, S, MASK)
-        x = tl.where(seen, x, mean)
-        count += seen.to(tl.float32)
-        share = tl.div_rn(1.0, tl.maximum(count, 1.0))
-    elif RAGGED:
-        x = tl.where(along_rows(row < rows, S), x, mean)
-    delta = x - mean
-    mean += delta * share
-    m2 += delta * (x - mean)
-    return count, mean, m2
-
-
-@triton.jit
-def moments_of(
-    x_ptr, mask_ptr, split, splits, channel, rows, C, mask_divisor, mask_period, kept,
-    S: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, UNROLL: tl.constexpr, RAGGED: tl.constexpr,
-    MASK: tl.constexpr, EARLY: tl.constexpr, LATE: tl.constexpr,
-):  # fmt: skip
-    """(count, mean, m2) of the tiles split, split + splits, … of a block of channels; pointers are at the batch.
-
-    The last `kept` tiles are to stay in L2, for whoever walks them backwards next.
-    """
-    AXIS: tl.constexpr = 0 if S == 1 else 1
-    mean = tl.zeros([ROWS, CHANNELS] if S == 1 else [CHANNELS, ROWS], tl.float32)
-    m2 = tl.zeros_like(mean)
-    count = along_rows(tl.zeros([ROWS], tl.float32), S)
-    if MASK == "full":
-        count = tl.zeros_like(mean)
-    tiles = tl.cdiv(rows, ROWS)
-    steps = tl.cdiv(tiles - split, splits).to(tl.int32)
-    first_kept = tl.maximum(steps - kept, 0)
-    share = 1.0  # of a lane's next value in its mean; a GPU's 1 / 1 may be off by a bit
-    for step in tl.range(first_kept, loop_unroll_factor=UNROLL):
-        count, mean, m2 = observe(
-            split + step * splits, share, count, mean, m2, x_ptr, mask_ptr, channel, rows, C, mask_divisor, mask_period,
-            S, ROWS, RAGGED, MASK, EARLY,
-        )  # fmt: skip
-        share = 1.0 / (step + 2)
-    for step in tl.range(first_kept, steps, loop_unroll_factor=UNROLL):
-        count, mean, m2 = observe(
-            split + step * splits, share, count, mean, m2, x_ptr, mask_ptr, channel, rows, C, mask_divisor, mask_period,
-            S, ROWS, RAGGED, MASK, LATE,
-        )  # fmt: skip
-        share = 1.0 / (step + 2)
-    if MASK == "none":
-        last = rows_of(split + (steps - 1) * splits, ROWS)
-        count += along_rows(steps - (last >= rows).to(tl.int32), S).to(tl.float32)
-    if MASK != "full":
-        count = tl.broadcast_to(count, mean.shape)
-    return merge_lanes(count, mean, m2, AXIS)
-
-
-@triton.jit
 def jbn_moments(
     x_ptr,  # (B, N, C, S)
     mask_ptr,  # bool, (B or 1, N, C, S) or (B or 1, period); unread without MASK
@@ -161,7 +89,6 @@ def jbn_moments(
     splits,
     mask_divisor,
     mask_period,  # row r's mask is at (r // divisor) % period, where MASK is "rows"
-    kept,  # tiles of each program that are to stay in L2, the last ones
     count_ptr,  # float32, (B, C); unwritten without MASK
     mean_ptr,  # float32, (B, C)
     m2_ptr,  # float32, (B, C)
@@ -173,13 +100,10 @@ def jbn_moments(
     CHANNELS: tl.constexpr,
     UNROLL: tl.constexpr,  # tiles whose loads are in flight at once
     SPLITS: tl.constexpr,  # programs whose results are merged at once
-    MERGE: tl.constexpr,  # times that many are loaded at once
     SPLIT: tl.constexpr,  # whether several programs share a block of channels
     RAGGED: tl.constexpr,  # whether the last tile has fewer rows
     MASK: tl.constexpr,  # "none", "full" or "rows"
     SHARED: tl.constexpr,  # whether all batches have one mask
-    EARLY: tl.constexpr,
-    LATE: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """count = Σ mask, mean = Σ x / count, m2 = Σ (x − mean)² over the rows of each channel that the mask has."""
@@ -190,31 +114,51 @@ def jbn_moments(
     if not SHARED:
         mask_ptr += batch.to(tl.int64) * (rows * C if MASK == "full" else mask_period)
 
-    total, mean, m2 = moments_of(
-        x_ptr, mask_ptr, split, splits, channel, rows, C, mask_divisor, mask_period, kept,
-        S, ROWS, CHANNELS, UNROLL, RAGGED, MASK, EARLY, LATE,
-    )  # fmt: skip
+    AXIS: tl.constexpr = 0 if S == 1 else 1
+    mean = tl.zeros([ROWS, CHANNELS] if S == 1 else [CHANNELS, ROWS], tl.float32)
+    m2 = tl.zeros_like(mean)
+    count = along_rows(tl.zeros([ROWS], tl.float32), S)
+    if MASK == "full":
+        count = tl.zeros_like(mean)
+    tiles = tl.cdiv(rows, ROWS)
+    steps = tl.cdiv(tiles - split, splits).to(tl.int32)
+    share = 1.0  # of a lane's next value in its mean; a GPU's 1 / 1 may be off by a bit
+    for step in tl.range(steps, loop_unroll_factor=UNROLL):
+        row, offset, inside = place(split + step * splits, channel, rows, C, S, ROWS)
+        x = load(x_ptr, offset, inside)
+        if MASK != "none":
+            seen = load_seen(mask_ptr, row, rows, offset, inside, mask_divisor, mask_period, S, MASK)
+            x = tl.where(seen, x, mean)
+            count += seen.to(tl.float32)
+            delta = x - mean
+            mean += delta * tl.div_rn(1.0, tl.maximum(count, 1.0))
+        else:
+            if RAGGED:
+                x = tl.where(along_rows(row < rows, S), x, mean)
+            delta = x - mean
+            mean += delta * share
+            share = 1.0 / (step + 2)
+        m2 += delta * (x - mean)
+    if MASK == "none":
+        last = rows_of(split + (steps - 1) * splits, ROWS)
+        count += along_rows(steps - (last >= rows).to(tl.int32), S).to(tl.float32)
+    if MASK != "full":
+        count = tl.broadcast_to(count, mean.shape)
+    total, mean, m2 = merge_lanes(count, mean, m2, AXIS)
 
     if SPLIT:
         FIELDS: tl.constexpr = 2 if MASK == "none" else 3
         partial_ptr += batch.to(tl.int64) * splits * (FIELDS * C)
-        hand_in(partial_ptr, split, C, channel, total, mean, m2, MASK)
+        at = partial_ptr + split.to(tl.int64) * (FIELDS * C) + channel
+        tl.store(at, mean, mask=channel < C, cache_modifier=".cg")
+        tl.store(at + C, m2, mask=channel < C, cache_modifier=".cg")
+        if MASK != "none":
+            tl.store(at + 2 * C, total, mask=channel < C, cache_modifier=".cg")
         if arrived_last(arrivals_ptr, batch * tl.cdiv(C, CHANNELS) + block, splits):
-            total, mean, m2 = merge_programs(partial_ptr, splits, rows, C, channel, ROWS, SPLITS, MERGE, MASK != "none")
+            total, mean, m2 = merge_programs(partial_ptr, splits, rows, C, channel, ROWS, SPLITS, MASK != "none")
             store_moments(count_ptr, mean_ptr, m2_ptr, batch * C + channel, channel < C, total, mean, m2, MASK)
     else:
         store_moments(count_ptr, mean_ptr, m2_ptr, batch * C + channel, channel < C, total, mean, m2, MASK)
-
-
-@triton.jit
-def hand_in(partial_ptr, split, C, channel, count, mean, m2, MASK: tl.constexpr):
-    """Writes what a program found, for the last of them to merge; partial_ptr at the batch."""
-    FIELDS: tl.constexpr = 2 if MASK == "none" else 3
-    at = partial_ptr + split.to(tl.int64) * (FIELDS * C) + channel
-    tl.store(at, mean, mask=channel < C, cache_modifier=".cg")
-    tl.store(at + C, m2, mask=channel < C, cache_modifier=".cg")
-    if MASK != "none":
-        tl.store(at + 2 * C, count, mask=channel < C, cache_modifier=".cg")
 
 
 @triton.jit

@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-WARPS = 8  # of a program with a whole tile
 # Each program reads its channels' vectors and writes their partial results, some 11 numbers a channel over the passes
 # of x's size. Programs are few enough to keep that under 1.6 % of x.
 BYTES_PER_CHANNEL_OF_A_PROGRAM = 700
@@ -45,11 +44,19 @@ class Tiling(NamedTuple):
 
 
 def choose(
-    view: View, itemsize: int, processors: int, elements: int, resident: int, mask_of_rows: bool = False
+    view: View,
+    itemsize: int,
+    processors: int,
+    elements: int,
+    resident: int,
+    mask_of_rows: bool = False,
+    warps: int = 8,
+    wide: bool = True,
 ) -> Tiling:
-    """The tiling for x of `itemsize` bytes an element, with tiles of that many elements.
+    """The tiling for x of `itemsize` bytes an element, with tiles of that many elements, of `warps` if they are whole.
 
-    Each block of channels reads a mask of rows again, so blocks that would be narrow are wider with one.
+    Each block of channels reads a mask of rows again, so blocks that would be narrow are wider with one. Channels last,
+    blocks are 64 bytes of channels wide, or 128 where x is large enough and `wide` allows it.
 
     The device has `processors` multiprocessors, each of which holds `resident` programs at once: no program waits for
     another to end.
@@ -61,11 +68,12 @@ def choose(
         return min(resident * processors, size // (cost * width))
 
     if view.inner == 1:
-        narrow, wide = 64 // itemsize, 128 // itemsize
-        full = affordable(wide) == resident * processors
-        used = view.channels / (_ceil(view.channels, wide) * wide)
+        width, wider = 64 // itemsize, 128 // itemsize
+        full = affordable(wider) == resident * processors
+        used = view.channels / (_ceil(view.channels, wider) * wider)
         # the last program to arrive reads splits × CHANNELS partial results: narrow tiles where few share them
-        width = wide if full and used > 0.8 and view.channels >= 4 * wide else narrow
+        if wide and full and used > 0.8 and view.channels >= 4 * wider:
+            width = wider
     elif mask_of_rows:
         width = 16
     else:
@@ -75,7 +83,7 @@ def choose(
     tiles = _ceil(view.rows, height)
     share = max(1, affordable(width) // (view.batch * _ceil(view.channels, width)))
     splits = _ceil(tiles, _ceil(tiles, share))  # none of which has more than one tile less than another
-    return Tiling(height, width, splits, max(1, height * width * WARPS // elements))
+    return Tiling(height, width, splits, max(1, height * width * warps // elements))
 
 
 def alignment(count: int) -> int:

@@ -26,7 +26,7 @@ class Tried(NamedTuple):
 class Piece(NamedTuple):
     kernel: str
     fused: str  # "alone", "relu", "add + relu"
-    launch: Callable[[Problem, Any], Launch | None]  # None where the library does not choose this piece
+    launch: Callable[[Problem, Tiling | None], Launch]
     reads: tuple[str, ...]  # operands in the kernel's order; x stands in for what is absent
     writes: dict[int, str]  # which outputs are compared with which exact results
     moved: int  # tensors of x's size read and written: its floor
@@ -70,20 +70,6 @@ def cut(view: View, rows: int, channels: int, warps: int, resident: int) -> Tili
     return Tiling(rows, channels, -(-tiles // -(-tiles // share)), warps)
 
 
-def whole(*ways: tuple[int, int, int]) -> Callable[[View, str], list[Tried]]:
-    """A program for each block of channels; ways are (bytes of channels, bytes of a tile, warps)."""
-
-    def tried(view: View, dtype: str) -> list[Tried]:
-        size, found = 4 if dtype == "float32" else 2, []
-        for width, tile, warps in ways:
-            channels = width // size
-            if channels <= view.channels and view.rows * width <= 6.6e6:
-                found.append(Tried(Tiling(tile // width, channels, 1, warps)))
-        return found
-
-    return tried
-
-
 def alone(_view: View, _dtype: str) -> list[Tried]:
     """Nothing but the library's choice."""
     return []
@@ -122,16 +108,6 @@ def _input(problem: Problem, tiling: Tiling | None) -> Launch:
     return launches.gradient_input(problem, problem.dtype, None, PROCESSORS, tiling)
 
 
-def _forward(problem: Problem, tiling: Tiling | None) -> Launch | None:
-    return tiling and launches.forward_once(problem, problem.dtype, tiling)
-
-
-def _backward(problem: Problem, tiling: Tiling | None) -> Launch | None:
-    return tiling and launches.backward_once(
-        problem, problem.dtype, problem.dtype if problem.residual else None, tiling
-    )
-
-
 def _copy(problem: Problem, _tiling: Tiling | None) -> Launch:
     return bandwidth.launch_copy(problem.view, problem.dtype)
 
@@ -144,10 +120,6 @@ APPLY_READS = ("x", *VECTORS, "residual")
 SUMS_READS = ("x", *VECTORS, "residual", "x", "dy")
 INPUT_READS = ("x", *VECTORS, "mean", "residual", "x", "dy", "total", "product")
 SUMS = {0: "total", 1: "product"}
-FORWARD = {0: "y", 2: "mean", 3: "m2"}
-FORWARD_READS = ("x", "mean", "spread", "epsilon", "scale", "bias", "residual", "x")
-BACKWARD_READS = ("x", *VECTORS, "mean", "residual", "x", "dy")
-WHOLE = whole((32, 8192, 8), (32, 16384, 16), (64, 8192, 8), (64, 16384, 16), (16, 8192, 8))
 PIECES = (
     Piece("copy", "alone", _copy, ("x",), {0: "x"}, 2, alone),
     Piece("read", "alone", _read, ("x",), {0: "columns"}, 1, slices),
@@ -159,10 +131,6 @@ PIECES = (
     Piece("sums", "add + relu", _sums, SUMS_READS, {**SUMS, 2: "dz"}, 4, grid(1, 2)),
     # with add + relu the second launch has z̄ for ȳ and no activation: it is this one
     Piece("input", "alone", _input, INPUT_READS, {0: "dx"}, 3, grid()),
-    Piece("forward", "relu", _forward, FORWARD_READS, FORWARD, 2, WHOLE),
-    Piece("backward", "relu", _backward, BACKWARD_READS, {**SUMS, 2: "dx"}, 3, WHOLE),
-    Piece("forward", "add + relu", _forward, FORWARD_READS, FORWARD, 3, WHOLE),
-    Piece("backward", "add + relu", _backward, BACKWARD_READS, {**SUMS, 2: "dx", 3: "dz"}, 5, WHOLE),
     Piece("apply", "alone", _apply, APPLY_READS, {0: "y"}, 2, alone),
     Piece("sums", "alone", _sums, SUMS_READS, SUMS, 2, alone),
 )
@@ -177,13 +145,7 @@ def problem_of(case: Case) -> Problem:
 
 def launch_of(case: Case) -> Launch:
     launch = NAMED[case.kernel, case.fused].launch(problem_of(case), case.how.tiling)
-    assert launch is not None, f"the library takes two launches for {case}"
     return launch._replace(constants=launch.constants | dict(case.how.constants))
-
-
-def is_chosen(case: Case) -> bool:
-    """Whether the library has this piece for a case."""
-    return NAMED[case.kernel, case.fused].launch(problem_of(case), None) is not None
 
 
 def arrays_of(case: Case) -> tuple[str, ...]:

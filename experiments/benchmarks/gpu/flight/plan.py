@@ -6,16 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmarks.gpu.flight import ahead
-from experiments.benchmarks.gpu.flight.pieces import (
-    NAMED,
-    PIECES,
-    Case,
-    arrays_of,
-    is_chosen,
-    launch_of,
-    problem_of,
-    reads_of,
-)
+from experiments.benchmarks.gpu.flight.pieces import NAMED, PIECES, Case, arrays_of, launch_of, problem_of, reads_of
 from experiments.benchmarks.gpu.flight.raw import COPIED
 from experiments.material import cases
 
@@ -39,8 +30,7 @@ def everything(shapes: Shapes | None = None, knee: Iterable[int] = KNEE) -> list
     chosen, tried = [], []
     for dtype in DTYPES:
         for each in shapes.values():
-            own = [Case(piece.kernel, piece.fused, shape, dtype) for shape in each for piece in PIECES]
-            chosen += [case for case in own if is_chosen(case)]
+            chosen += [Case(piece.kernel, piece.fused, shape, dtype) for shape in each for piece in PIECES]
             tried += [more for shape in each for piece in PIECES for more in others(piece, shape, dtype)]
     return list(dict.fromkeys([*copied, *chosen, *tried]))
 
