@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from jbn.kernels.apply import jbn_apply
 from jbn.kernels.gradients import jbn_gradient_input, jbn_gradient_sums
 from jbn.kernels.moments import jbn_moments
-from jbn.kernels.tiling import Tiling, View, alignment, choose, needs_wide_offsets
+from jbn.kernels.tiling import Tiling, View, alignment, choose, needs_wide_offsets, stream
 
 
 class Output(NamedTuple):
@@ -81,8 +81,11 @@ def moments(problem: Problem, processors: int, tiling: Tiling | None = None) -> 
 def apply(problem: Problem, dtype: str, processors: int, tiling: Tiling | None = None) -> Launch:
     """Arrays: x, mean, spread, epsilon, scale, bias, residual. Output: y, of `dtype`."""
     view = problem.view
-    resident = 3
-    tiling = tiling or _tiling(problem._replace(mask=None), processors, 4096, resident)
+    if view.inner == 1:
+        resident, tiling = 4, tiling or stream(view, ITEMSIZE[problem.dtype])
+    else:
+        resident = 3
+        tiling = tiling or _tiling(problem._replace(mask=None), processors, 4096, resident)
     numbers = (float(problem.count), *_numbers(view, tiling))
     constants = _constants(view, tiling) | dict(
         HAS_SCALE=problem.scale,
@@ -127,10 +130,11 @@ def gradient_input(
     if not problem.centred and problem.activation is None:
         problem = problem._replace(mask=None)  # x̄ = scale · rstd · ȳ
     view = problem.view
-    resident = 2 if problem.residual and problem.activation else 3
-    if problem.mask is None and problem.dtype == "float32" and not problem.residual:
-        resident = 4  # 8 % faster than 3 on an H100
-    tiling = tiling or _tiling(problem, processors, 2048, resident)
+    if view.inner == 1 and problem.mask is None:
+        resident, tiling = 4, tiling or stream(view, ITEMSIZE[problem.dtype])
+    else:
+        resident = 2 if problem.residual and problem.activation else 3
+        tiling = tiling or _tiling(problem, processors, 2048, resident)
     numbers = (float(problem.count), *_numbers(view, tiling), *_mask_numbers(problem.mask))
     outputs = (Output(tuple(view), dtype), Output(tuple(view), kept) if kept else ABSENT)
     constants = _constants(view, tiling) | _derivative(problem)

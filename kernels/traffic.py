@@ -11,6 +11,7 @@ class Traffic(NamedTuple):
 
     loaded: int
     stored: int
+    again: int = 0  # of those loaded, channels' vectors that each program loads: a cache has them
 
 
 def traffic(launch: Launch, view: View, itemsizes: dict[str, int]) -> Traffic:
@@ -39,7 +40,8 @@ def traffic(launch: Launch, view: View, itemsizes: dict[str, int]) -> Traffic:
             loaded += vector * (fields * programs + again)
     if launch.kernel.__name__ == "jbn_gradient_sums":
         loaded += vector + 4 * view.batch * tiling.blocks(view)  # spread and epsilon once more, for what is stored
-    return Traffic(loaded, stored)
+    again = vector * (programs - 1) * _vectors(launch)
+    return Traffic(loaded, stored, again)
 
 
 def _tensors(launch: Launch) -> tuple[list[str], list[str]]:

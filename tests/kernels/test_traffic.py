@@ -89,6 +89,10 @@ def predicted(launch, view, dtype) -> Traffic:
     return traffic(launch, view, dict.fromkeys(("x", "residual", "dy", "y", "dx", "dz"), size))
 
 
+def from_memory(found: Traffic) -> int:
+    return found.loaded + found.stored - found.again
+
+
 def view_of(case) -> View:
     axis = case.axis % len(case.shape)
     return View(1, math.prod(case.shape[:axis]), case.shape[axis], math.prod(case.shape[axis + 1 :]))
@@ -107,7 +111,7 @@ def test_prediction(name, row):
     view, (options, *_) = VIEWS[name], (TABLE | INFERENCE)[row]
     mask = {"relu": Mask("full"), "residual, relu": Mask("rows", period=view.rows)}.get(row)
     for launch, arrays in itertools.chain(*pieces(view, "bfloat16", mask=mask, **options)):
-        assert tuple(count(launch, *arrays)) == tuple(predicted(launch, view, "bfloat16"))
+        assert count(launch, *arrays)[:2] == predicted(launch, view, "bfloat16")[:2]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -124,7 +128,8 @@ def test_compiled(name, dtype):
                 for j, (asked, touched) in enumerate([report[0::2], report[1::2]]):
                     assert asked[i] == touched[i] and asked[i] in (0, array.nbytes), (launch.kernel, i)
                     moved[j] += asked[i]
-        table, size = predicted(launch, view, dtype), inputs[0].nbytes
+        table, size = predicted(launch, view, dtype)[:2], inputs[0].nbytes
+        table = table[0] - predicted(launch, view, dtype).again, table[1]
         assert moved == [bytes_ // size * size for bytes_ in table]
 
 
@@ -151,6 +156,6 @@ def test_every_case(dtype):
                 # the moments read the mask, and both launches backward
                 for launched, passes, reads in zip(both, table, (1, 2), strict=True):
                     floor = sum(passes) * view.size * size + reads * bytes_of_mask
-                    found = sum(sum(predicted(launch, view, dtype)) for launch, _ in launched)
+                    found = sum(from_memory(predicted(launch, view, dtype)) for launch, _ in launched)
                     assert floor <= found <= 1.02 * floor, (name, mask, row, found / floor)
     assert checked > 50

@@ -1,6 +1,7 @@
 """The candidates in PyTorch: its own kernels, and cuDNN's; each step is replayed from a CUDA graph."""
 
 import contextlib
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -73,6 +74,13 @@ def replayed(step: Callable[[], Any]) -> Callable[[], Any]:
             step()
         return graph.replay
     return step
+
+
+def release() -> None:
+    """Gives memory that nothing uses any more back to the device."""
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
 
 
 def wait(_: Any) -> None:

@@ -59,13 +59,11 @@ def first(parts: Parts, dry: bool = False) -> bool:
 
 def second(parts: Parts, dry: bool = False) -> bool:
     """Layers and training steps through jax beside Flax's and PyTorch's; then the core's tests with kernels."""
+    command = python("-m", "experiments.benchmarks.gpu.flight.side_by_side", str(parts.lines.file.name))
     with tempfile.TemporaryDirectory() as scratch:
-        command = python(
-            "-m", "experiments.benchmarks.gpu.flight.side_by_side", str(parts.lines.file.name), *["--tiny"] * dry
-        )
-        seconds = 130
-        limits = ["--steps", "88", "--seconds", str(seconds - 5), "--dump", scratch]
-        well = parts.run(Part("flight2-jax", [*command, *limits], seconds, VARIABLES))
+        options = ["--dump", scratch, *["--tiny"] * dry]
+        well = parts.run(Part("flight2-steps", [*command, "steps", "--seconds", "85", *options], 90, VARIABLES))
+        well &= parts.run(Part("flight2-layers", [*command, "layers", "--seconds", "60", *options], 70, VARIABLES))
         keep_programs(Path(scratch), parts.folder / "flight2-xla.tar.gz")
     return parts.run(tests("flight2-core", 100, 12, *CORE)) and well
 

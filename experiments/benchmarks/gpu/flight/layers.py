@@ -1,8 +1,9 @@
 """A process that times one implementation's batch norms through JAX: it compiles ahead, in threads, in order.
 
-Requests, as `experiments.benchmarks.gpu.worker` has them: {"do": "begin", "tasks": […]}, once; then {"do": "time",
-"task": […], "samples": 3, "seconds": 0.01} for those whose turn it is. PyTorch's, which compile nothing, are measured
-here too.
+Requests, as `experiments.benchmarks.gpu.worker` has them: {"do": "begin", "tasks": […]}, once; {"do": "finish",
+"seconds": 40}, after which nothing compiles any more, so that a host is not busy with that while times are taken; then
+{"do": "time", "task": […], "samples": 3, "seconds": 0.01} for those whose turn it is. PyTorch's, which compile nothing,
+are measured here too.
 """
 
 import concurrent.futures
@@ -113,6 +114,17 @@ def run(name: str, task: Task, programs: Programs, samples: int, seconds: float)
     return timed(steps, jax.block_until_ready, seen, count, samples, seconds) | {"failed": programs.failed}
 
 
+def torch_run(name: str, task: Task, samples: int, seconds: float) -> dict[str, Any]:
+    """Times PyTorch's, and gives back what it held: its allocator keeps memory that others need."""
+    candidates = worker.candidates(name)
+    try:
+        steps, wait, seen = candidates.prepare(name, task, links(task.size))
+        return timed(steps, wait, seen, links(task.size), samples, seconds)
+    finally:
+        steps = None  # the graphs, which hold memory
+        candidates.release()
+
+
 def timed(steps: Any, wait: Any, fingerprint: list[float], count: int, samples: int, seconds: float) -> dict[str, Any]:
     """The answer: microseconds of a layer, quartiles and median, and of handing it over."""
     passes = {}
@@ -135,17 +147,25 @@ def begin(name: str, state: dict[str, Any], tasks: list[list[Any]]) -> dict[str,
     return {"begun": len(tasks)}
 
 
+def finish(_name: str, state: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Waits for what compiles, so long at most; tasks that have not begun to are given up."""
+    tasks = list(state["tasks"].values())
+    concurrent.futures.wait(tasks, seconds)
+    for future in tasks:
+        future.cancel()
+    return {"compiled": sum(future.done() and not future.cancelled() for future in tasks)}
+
+
 def time(name: str, state: dict[str, Any], task: list[Any], samples: int, seconds: float) -> dict[str, Any]:
     """A task's answer, once it is compiled; an error in it is told, and the next task may do."""
     wanted = Task(*task)._replace(shape=tuple(task[1]))
     try:
         if name.startswith("torch"):
-            steps, wait, seen = worker.candidates(name).prepare(name, wanted, links(wanted.size))
-            return timed(steps, wait, seen, links(wanted.size), samples, seconds)
+            return torch_run(name, wanted, samples, seconds)
         return run(name, wanted, state["tasks"].pop(wanted).result(), samples, seconds)
-    except Exception as error:
+    except (Exception, concurrent.futures.CancelledError) as error:
         return {"passes": {}, "fingerprint": [], "failed": {"all": f"{type(error).__name__}: {str(error)[:300]}"}}
 
 
 if __name__ == "__main__":
-    worker.main({"begin": begin, "time": time})
+    worker.main({"begin": begin, "finish": finish, "time": time})

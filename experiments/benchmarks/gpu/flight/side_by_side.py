@@ -1,10 +1,11 @@
 """Batch norms and training steps through JAX: kernels, XLA, Flax and PyTorch in a process each, one at a time timed.
 
-python -m experiments.benchmarks.gpu.flight.side_by_side LINES [--steps S] [--seconds S] [--dump FOLDER] [--tiny]
+python -m experiments.benchmarks.gpu.flight.side_by_side LINES {steps | layers} [--seconds S] [--dump FOLDER] [--tiny]
 
-All processes compile at once. Training steps are timed as they are ready, then layers, task by task, each candidate in
-turn. Lines: "step" (`steps`) and "layer": microseconds of a pass, `host_us` of handing it over (where both are alike,
-the host was timed), `same`, whether results are Flax's up to rounding.
+Training steps, each in a process of its own, compile side by side and are timed as they are ready. Layers are compiled
+for most of the time, then timed task by task, each candidate in turn, while nothing compiles. Lines: "step" (`steps`)
+and "layer": microseconds of a pass, `host_us` of handing it over (where both are alike, the host was timed), `same`,
+whether results are Flax's up to rounding.
 """
 
 import argparse
@@ -31,16 +32,17 @@ BASELINE = "flax.linen"
 KINDS = (("jbn triton", False), ("flax.linen", False), ("jbn triton", True)), (("jbn xla", False), ("jbn xla", True))
 # (candidate, batch, whether the named policy is used), the most valuable first
 STEPS = tuple((name, batch, named) for kinds in KINDS for batch in (256, 128) for name, named in kinds)
-AT_ONCE = 6  # steps that compile side by side: each takes several cores
+AT_ONCE = 3  # steps that compile side by side: each takes several cores
 SAMPLES, SECONDS = 3, 0.01
 PATIENCE = 40  # seconds that a candidate is given for a task
+TIMING = 0.35  # of the time for layers is for timing them
 
 
 def tasks() -> list[Task]:
     """ResNet-50's shapes in bfloat16, the largest first; of batches and fusions, those that marks are set for."""
     found = []
-    for batch, fused in ((256, "relu"), (256, "add + relu"), (128, "relu"), (128, "add + relu"), (256, "alone"),
-                         (32, "relu"), (32, "add + relu"), (128, "alone"), (32, "alone")):  # fmt: skip
+    for batch, fused in ((256, "relu"), (256, "add + relu"), (32, "relu"), (128, "relu"), (128, "add + relu"),
+                         (32, "add + relu"), (256, "alone"), (128, "alone"), (32, "alone")):  # fmt: skip
         shapes = sorted(cases.distinct(cases.resnet50(batch)), key=plan.size, reverse=True)
         found += [Task(case.name, case.shape, fused=fused) for case in shapes]
     return found
@@ -68,13 +70,21 @@ class Device:
         folder = self.dump / name.replace(" ", "-")
         return {"XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=.*{programs}.*"}
 
-    def begin(self, asked: list[Task], steps: tuple[tuple[str, int, bool], ...], lock: Path, tiny: bool) -> None:
-        """Everything starts to compile, steps as many as may AT_ONCE."""
+    def begin_steps(self, steps: tuple[tuple[str, int, bool], ...], lock: Path, tiny: bool) -> None:
+        """Steps start to compile, as many as may AT_ONCE."""
         for name, batch, named in steps:
             self.waiting.append([str(lock), name, str(batch), *["--named"] * named, *["--tiny"] * tiny])
         self.more_steps()
+
+    def compile_layers(self, asked: list[Task], seconds: float) -> None:
+        """Every candidate compiles tasks, so long at most."""
         for worker in self.workers.values():
             worker.ask(do="begin", tasks=[list(task) for task in asked])
+        for worker in self.workers.values():
+            worker.answer(PATIENCE)  # that it has begun
+            worker.ask(do="finish", seconds=seconds)
+        for name, worker in self.workers.items():
+            print(f"{name}: compiled {worker.answer(seconds + PATIENCE)['compiled']} of {len(asked)} tasks", flush=True)
 
     def more_steps(self) -> bool:
         """Starts steps for which there is room; whether any are under way."""
@@ -136,28 +146,30 @@ def main() -> None:
     started = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lines", type=Path, help="file that lines are appended to")
-    parser.add_argument("--steps", type=float, default=80, help="seconds for training steps (default: 80)")
-    parser.add_argument("--seconds", type=float, default=125, help="of all (default: 125)")
+    parser.add_argument("what", choices=["steps", "layers"])
+    parser.add_argument("--seconds", type=float, default=100, help="of all (default: 100)")
     parser.add_argument("--dump", type=Path, help="folder for XLA's programs")
-    parser.add_argument("--tiny", action="store_true", help="two small tasks and two small steps, without kernels")
+    parser.add_argument("--tiny", action="store_true", help="small tasks or a small step, without kernels")
     options = parser.parse_args()
     lines, deadline = Lines(options.lines), started + options.seconds
     names = ("jbn xla", "flax.linen") if options.tiny else CANDIDATES
-    asked, steps = (TINY, (("jbn xla", 2, True),)) if options.tiny else (tasks(), STEPS)
-    device = Device(lines, names, options.dump)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            device.begin(asked, steps, Path(folder) / "lock", options.tiny)
-            device.wait_for_steps(min(started + options.steps, deadline))
-            for worker in device.workers.values():
-                worker.answer(PATIENCE)  # that it has begun
-            for number, task in enumerate(asked):
-                if time.monotonic() > deadline:
-                    print(f"out of time after {number} of {len(asked)} tasks", flush=True)
-                    break
-                device.layer(task, lambda: deadline + 5 - time.monotonic())
-        finally:
-            device.end()
+    device = Device(lines, names if options.what == "layers" else (), options.dump)
+    try:
+        if options.what == "steps":
+            with tempfile.TemporaryDirectory() as folder:
+                steps = (("jbn xla", 2, True),) if options.tiny else STEPS
+                device.begin_steps(steps, Path(folder) / "lock", options.tiny)
+                device.wait_for_steps(deadline)
+            return
+        asked = TINY if options.tiny else tasks()
+        device.compile_layers(asked, (1 - TIMING) * options.seconds)
+        for number, task in enumerate(asked):
+            if time.monotonic() > deadline:
+                print(f"out of time after {number} of {len(asked)} tasks", flush=True)
+                break
+            device.layer(task, lambda: deadline + 5 - time.monotonic())
+    finally:
+        device.end()
 
 
 if __name__ == "__main__":
