@@ -20,9 +20,13 @@ LOWERING = threading.Lock()  # Triton compiles while a program is lowered: not k
 
 
 class Programs(NamedTuple):
-    """What is compiled of a task: its passes, and what draws inputs, what linearises, and what compares."""
+    """What is compiled of a task: its passes, and what draws inputs, what linearises, and what compares.
+
+    All that runs is compiled ahead: an operation that is not compiles when it is first called, for every new shape.
+    """
 
     draw: Any
+    vectors: Any
     linearized: Any
     passes: dict[str, Any]
     fingerprint: Any
@@ -80,24 +84,28 @@ def compiled(name: str, task: Task) -> Programs:
         except Exception as error:
             failed[what] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     draw = jax.jit(functools.partial(candidates.draw, task)).lower(jnp.int32(0)).compile()
+    vectors = jax.jit(functools.partial(scale_and_bias, channels)).lower().compile()
     seen = [x] * (4 if given[3] is None else 5)  # x, ȳ, y, x̄ and the residual's cotangent
     fingerprint = jax.jit(candidates.fingerprint).lower(*seen).compile()
-    return Programs(draw, first.compile(), passes, fingerprint, failed)
+    return Programs(draw, vectors, first.compile(), passes, fingerprint, failed)
+
+
+def scale_and_bias(channels: int) -> tuple[Any, Any]:
+    from experiments.benchmarks.gpu import candidates
+
+    return 1 + 0.25 * candidates.noise((channels,), 1), 0.25 * candidates.noise((channels,), 2)
 
 
 def run(name: str, task: Task, programs: Programs, samples: int, seconds: float) -> dict[str, Any]:
     """Times what was compiled, on inputs that `torch_candidates` draws alike."""
     import jax
-    import jax.numpy as jnp
+    import numpy as np
 
-    from experiments.benchmarks.gpu import candidates
-
-    count, channels = links(task.size), task.shape[task.axis]
-    scale = 1 + 0.25 * candidates.noise((channels,), 1)
-    bias = 0.25 * candidates.noise((channels,), 2)
+    count = links(task.size)
+    scale, bias = programs.vectors()
 
     def make(seed: int) -> Any:
-        return programs.draw(jnp.int32(seed))
+        return programs.draw(np.int32(seed))
 
     inputs = [(scale, bias, make(10 + i), make(30 + i) if task.fused == "add + relu" else None) for i in range(count)]
     cotangents = [make(50 + i) for i in range(count)]

@@ -43,11 +43,11 @@ class Case(NamedTuple):
     how: Tried = Tried()
 
 
-TILES = {  # (channels, warps, elements): 64 or 128 bytes of channels wide, four or eight warps
-    "bfloat16": ((32, 8, 2048), (32, 8, 4096), (64, 8, 4096), (32, 4, 2048), (32, 8, 8192)),
-    "float32": ((16, 8, 2048), (32, 8, 2048), (32, 8, 4096), (16, 4, 1024)),
+TILES = {  # of reductions: (channels, warps, elements), 64 or 128 bytes of channels wide, four or eight warps
+    "bfloat16": ((32, 4, 2048), (32, 8, 4096), (64, 8, 4096)),
+    "float32": ((16, 4, 1024), (16, 8, 2048), (32, 8, 4096)),
 }
-RESIDENT = {8: (2, 4), 4: (4, 8)}  # programs a multiprocessor that are tried, by warps
+RESIDENT = {8: 2, 4: 4}  # programs a multiprocessor, by warps
 
 
 def grid(*unrolls: int) -> Callable[[View, str], list[Tried]]:
@@ -55,13 +55,23 @@ def grid(*unrolls: int) -> Callable[[View, str], list[Tried]]:
 
     def tried(view: View, dtype: str) -> list[Tried]:
         return [
-            Tried(cut(view, elements // channels, channels, warps, resident), constants)
+            Tried(cut(view, elements // channels, channels, warps, RESIDENT[warps]), (("UNROLL", n),))
             for channels, warps, elements in TILES[dtype]
-            for constants in ([(("UNROLL", n),) for n in unrolls] or [()])
-            for resident in RESIDENT[warps]
+            for n in unrolls
         ]
 
     return tried
+
+
+def streams(view: View, dtype: str) -> list[Tried]:
+    """A program for each tile of 4 or 8 KB, 128 to 512 bytes of channels wide."""
+    size, found = 4 if dtype == "float32" else 2, []
+    for width in (128, 256, 512):
+        for tile in (4096, 8192):
+            rows = tile // width
+            if width // size <= view.channels:
+                found.append(Tried(Tiling(rows, width // size, -(-view.rows // rows), tile // 1024)))
+    return found
 
 
 def cut(view: View, rows: int, channels: int, warps: int, resident: int) -> Tiling:
@@ -124,13 +134,13 @@ PIECES = (
     Piece("copy", "alone", _copy, ("x",), {0: "x"}, 2, alone),
     Piece("read", "alone", _read, ("x",), {0: "columns"}, 1, slices),
     Piece("moments", "alone", _moments, ("x", "x"), {1: "mean", 2: "m2"}, 1, grid(2, 4)),
-    Piece("apply", "relu", _apply, APPLY_READS, {0: "y"}, 2, grid()),
+    Piece("apply", "relu", _apply, APPLY_READS, {0: "y"}, 2, streams),
     Piece("sums", "relu", _sums, SUMS_READS, SUMS, 2, grid(1, 2)),
-    Piece("input", "relu", _input, INPUT_READS, {0: "dx"}, 3, grid()),
-    Piece("apply", "add + relu", _apply, APPLY_READS, {0: "y"}, 3, grid()),
+    Piece("input", "relu", _input, INPUT_READS, {0: "dx"}, 3, streams),
+    Piece("apply", "add + relu", _apply, APPLY_READS, {0: "y"}, 3, streams),
     Piece("sums", "add + relu", _sums, SUMS_READS, {**SUMS, 2: "dz"}, 4, grid(1, 2)),
     # with add + relu the second launch has z̄ for ȳ and no activation: it is this one
-    Piece("input", "alone", _input, INPUT_READS, {0: "dx"}, 3, grid()),
+    Piece("input", "alone", _input, INPUT_READS, {0: "dx"}, 3, streams),
     Piece("apply", "alone", _apply, APPLY_READS, {0: "y"}, 2, alone),
     Piece("sums", "alone", _sums, SUMS_READS, SUMS, 2, alone),
 )
