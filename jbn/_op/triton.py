@@ -75,9 +75,9 @@ def launches_of(name: str, plan: Plan, device: Device, x, *operands) -> list:
     outputs = jax.eval_shape(functools.partial(globals()[name], plan, runner=recorder), x, *operands)
     large = {"x": x, "y": outputs[0], "dx": outputs[0], "dz": outputs[-1]}
     if name != "moments":
-        kept = operands[5] if len(operands) > 5 else None
-        read = (operands[1], operands[3] if len(operands) > 3 else None) if kept is None else (None, kept)
-        large |= dict(zip(("residual", "dy"), read, strict=True))
+        _, residual, *rest = operands
+        dy, kept = (rest[i] if len(rest) > i else None for i in (1, 3))
+        large |= {"residual": residual, "dy": dy} if kept is None else {"dy": kept}
     sizes = {k: jnp.dtype(v.dtype).itemsize for k, v in large.items() if v is not None}
     return [(launch, *traffic(launch, _view(plan, x.shape), sizes)) for launch in recorder.launches]
 
