@@ -12,7 +12,7 @@ from jax.extend.mlir import ir
 from jax.interpreters import ad, batching, mlir
 
 from jbn._op import dispatch
-from jbn._op.gpu import GPUS, INSTALL
+from jbn._op.gpu import GPUS, INSTALL, gpu
 from jbn._op.partition import is_typed, split
 from jbn._op.plan import is_symbolic
 from jbn._op.rule_name import identity
@@ -85,24 +85,35 @@ def primitive(
         padded = functools.partial(local, function=uneven) if uneven else local
         local = split(local, padded, merge, plan, ctx.avals_in[0].sharding)
         out = mlir.lower_fun(local, multiple_results=True)(ctx, *values)
-        _name_rule(ctx, out, name, function.__module__, function.__qualname__, plan, tree, basis)
+        unmeasured = plan._replace(options=None)  # of these `basis` has what matters
+        _name_rule(ctx, out, name, function.__module__, function.__qualname__, unmeasured, tree, basis)
         return out
 
     def gpu_lowering(platform, ctx, *values, tree, plan):
-        wins = dispatch.WINS  # the table of this moment, also where the compiler asks later
+        operands = jax.tree.unflatten(tree, ctx.avals_in)
+        x, by_default = operands[0], plan.implementation is None
+        if plan.implementation == "xla" or (by_default and not _divides(ctx, plan)):
+            return lowering(ctx, *values, tree=tree, plan=plan)
+        watch = dispatch.watch.get() if by_default else None
+        if watch is not None and _asks(ctx, plan):
+            noting, basis = watch.noting(name, reference), watch.name
+            return lowering(ctx, *values, tree=tree, plan=plan, function=noting, uneven=reference, basis=basis)
+        if watch is not None:
+            watch.note(name, plan, _own_part(x))
+            return lowering(ctx, *values, tree=tree, plan=plan)
+        measured = dispatch.Measured.on(gpu(platform).kind)  # at this moment, also where the compiler asks later
 
         def chosen(plan, *operands):
             # by what these are: inside a split, a device's part
-            triton = dispatch.choose(name, plan, platform, *operands, wins=wins).implementation == "triton"
+            choice = dispatch.choose(name, plan, platform, *operands, measured=measured)
+            triton = choice.implementation == "triton"
             return (dispatch.kernels(name, platform) if triton else reference)(plan, *operands)
 
-        operands = jax.tree.unflatten(tree, ctx.avals_in)
         if plan.implementation == "triton":
             dispatch.choose(name, plan, platform, *operands)  # raises here, not while the compiler splits
-        by_default = plan.implementation is None
-        if not dispatch.may_use_kernels(plan, operands[0]) or (by_default and not _divides(ctx, plan)):
+        elif not dispatch.may_use_kernels(name, plan, x, measured):
             return lowering(ctx, *values, tree=tree, plan=plan)
-        uneven, basis = reference if by_default else chosen, dispatch.basis(platform, wins)
+        uneven, basis = reference if by_default else chosen, dispatch.basis(name, plan, platform, x, measured)
         return lowering(ctx, *values, tree=tree, plan=plan, function=chosen, uneven=uneven, basis=basis)
 
     def other_lowering(ctx, *values, tree, plan, function=reference):
@@ -159,6 +170,17 @@ def _divides(ctx, plan) -> bool:
     else:
         own = getattr(context, "num_devices", 1) == 1
     return (own or _splits(ctx, plan)) and not _exported(ctx)
+
+
+def _asks(ctx, plan) -> bool:
+    """Whether it is the compiler that says what of x a device has."""
+    devices = getattr(ctx.module_context.axis_context, "num_devices", 1)
+    return devices > 1 and _splits(ctx, plan) and not is_typed(ctx.avals_in[0].sharding)
+
+
+def _own_part(x) -> jax.ShapeDtypeStruct:
+    """What of x a device has where an explicit mesh splits it."""
+    return jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape) if is_typed(x.sharding) else x.shape, x.dtype)
 
 
 def _exported(ctx) -> bool:
