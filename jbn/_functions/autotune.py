@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -117,19 +117,19 @@ def _measured(
     path = folder / tables.file_name(kind)
     known = {} if ignore_cache else tables.read(path, kind)
     wanted = {norm: backward for norm, backward in norms.items() if not _is_known(known.get(norm), backward)}
-    rows = measure(wanted, progress)
-    return tables.Source(str(path), tables.write(path, kind, rows) if rows else known), len(rows)
+    for row in measure(wanted, progress):
+        known = tables.write(path, kind, [row])  # at once, so that what is interrupted loses nothing
+    return tables.Source(str(path), known), len(wanted)
 
 
 def _is_known(row: Row | None, backward: bool) -> bool:
     return row is not None and row.failed is None and (row.both is not None or not backward)
 
 
-def measure(norms: dict[Norm, bool], progress: bool) -> list[Row]:
-    """A row for each: first all are compiled, in several threads, and checked as they come; then they are timed."""
+def measure(norms: dict[Norm, bool], progress: bool) -> Iterator[Row]:
+    """A row for each, as they come: first all are compiled, in several threads, and checked as they come; then they are timed."""
     device = jax.local_devices()[0]
     say = _say if progress else lambda _: None
-    rows = []
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
         begun = {norm: pool.submit(autotune_measure.prepare, norm, back, device) for norm, back in norms.items()}
         ready = {}
@@ -139,8 +139,7 @@ def measure(norms: dict[Norm, bool], progress: bool) -> list[Row]:
     for i, (norm, found) in enumerate(ready.items()):
         row = _row(norm, found)
         say(f"{i + 1} of {len(norms)} timed: {described(norm)}: {verdict(row)}")
-        rows.append(row)
-    return rows
+        yield row
 
 
 def _checked(future: Future) -> autotune_measure.Prepared | str:
