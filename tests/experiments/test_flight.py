@@ -173,7 +173,7 @@ def test_candidates_are_compared_with_flax(tmp_path, capsys):
 def test_the_marks_shapes_come_first():
     found = side_by_side.tasks()
     assert [(task.shape[0], task.fused) for task in found[::12]][:4] == [
-        (256, "relu"), (256, "add + relu"), (32, "relu"), (128, "relu"),
+        (256, "relu"), (256, "add + relu"), (128, "relu"), (32, "relu"),
     ]  # fmt: skip
     assert found[0].size == max(task.size for task in found) and len(found) == len(set(found))
 
