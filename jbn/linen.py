@@ -13,7 +13,6 @@ Usage:
     y, updates = block.apply(variables, x, train=True, mutable=["batch_stats"])
 """
 
-import inspect
 from typing import Any
 
 import flax.linen as nn
@@ -24,11 +23,11 @@ from jbn import BNParams, BNState, bn_eval
 from jbn._flax.fold_linen import Folded, fold
 from jbn._flax.layer import check_features, feature_axis, full_rank_mask, left_to_flax, training, with_result_dtype
 from jbn._flax.recalibrate_linen import recalibrate
+from jbn._op.jax_internals import without_wrappers
 
 __all__ = ["BatchNorm", "Folded", "fold", "recalibrate"]
 
-# Without Flax's method wrapper, so that a call left to it is captured and tabulated once, not twice.
-_flax_call = inspect.unwrap(nn.BatchNorm.__call__)
+_flax_call = without_wrappers(nn.BatchNorm.__call__)
 
 
 class BatchNorm(nn.BatchNorm):
