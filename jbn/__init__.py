@@ -6,11 +6,10 @@ from types import ModuleType
 from jbn import convert, scaling
 from jbn._functions.batch_norm import BNParams, BNState, bn_eval, bn_init, bn_train
 from jbn._functions.explain import Explanation, explain
-from jbn._functions.folding import fold, fold_after
+from jbn._functions.folding import fold_into_next, fold_into_previous
 from jbn._functions.inverse import denormalize, identity_params
-from jbn._functions.moments import Moments, merge, moments
-from jbn._functions.population import population_state
-from jbn._functions.renorm import brn_train
+from jbn._functions.moments import Moments, merge, moments, population_state
+from jbn._functions.renorm import Renorm
 
 __version__ = "0.1.0"
 __all__ = [
@@ -18,15 +17,15 @@ __all__ = [
     "BNState",
     "Explanation",
     "Moments",
+    "Renorm",
     "bn_eval",
     "bn_init",
     "bn_train",
-    "brn_train",
     "convert",
     "denormalize",
     "explain",
-    "fold",
-    "fold_after",
+    "fold_into_next",
+    "fold_into_previous",
     "identity_params",
     "merge",
     "moments",

@@ -12,7 +12,7 @@ how it moves on, which `unbiased` says to `bn_train`.
 """
 
 from jbn._functions.convert_layers import Layer, from_keras, from_torch, to_keras, to_torch
-from jbn._functions.convert_models import model_from_torch, model_to_torch, resnet50_names
+from jbn._functions.convert_models import model_from_torch, model_to_torch
 
 __all__ = [
     "Layer",
@@ -20,7 +20,6 @@ __all__ = [
     "from_torch",
     "model_from_torch",
     "model_to_torch",
-    "resnet50_names",
     "to_keras",
     "to_torch",
 ]

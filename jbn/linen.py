@@ -13,15 +13,13 @@ Usage:
     y, updates = block.apply(variables, x, train=True, mutable=["batch_stats"])
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jbn import BNParams, BNState, bn_eval
+from jbn import BNParams, BNState
 from jbn._flax.fold_linen import Folded, fold
-from jbn._flax.layer import check_features, feature_axis, full_rank_mask, left_to_flax, training, with_result_dtype
+from jbn._flax.layer import bounds, check_features, feature_axis, left_to_flax, normalize, with_result_dtype
 from jbn._flax.recalibrate_linen import recalibrate
 from jbn._op.jax_internals import without_wrappers
 
@@ -53,7 +51,7 @@ class BatchNorm(nn.BatchNorm):
         `batch_stats` sees the whole batch.
       unbiased: store the variance times n / max(n − 1, 1) in `batch_stats`, as PyTorch does.
       implementation: None chooses by platform; `"xla"` or `"triton"` never falls back.
-      renorm: batch renormalization (Ioffe 2017, https://arxiv.org/abs/1702.03275; see `jbn.brn_train`): training is
+      renorm: batch renormalization (Ioffe 2017, https://arxiv.org/abs/1702.03275; see `jbn.Renorm`): training is
         corrected towards the running statistics, so that it sees what inference will.
       r_max, d_max: the bounds of that correction, ≥ 1 and ≥ 0, for calls that name none. With 1 and 0 it is the plain
         layer, bit for bit; the paper begins there and reaches 3 and 5.
@@ -113,7 +111,7 @@ class BatchNorm(nn.BatchNorm):
           TypeError: training with `renorm` and without a bound.
         """
         x = jnp.asarray(x)
-        train = training(self, r_max, d_max)
+        renorm = bounds(self, r_max, d_max)
         if left_to_flax(self, x, residual):
             return _flax_call(self, x, use_running_average, mask=mask)
         use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
@@ -129,32 +127,26 @@ class BatchNorm(nn.BatchNorm):
         )
         stats_dtype = jnp.dtype(x.dtype if self.dtype is None else self.dtype)
         x, dtype = with_result_dtype(x, self.dtype, *params)
-        options: dict[str, Any] = dict(
-            axis=axis,
-            epsilon=self.epsilon,
-            residual=residual,
-            activation=self.activation,
-            dtype=dtype,
-            implementation=self.implementation,
-        )
-        if use_running_average:
-            return bn_eval(params, BNState(mean.value, var.value), x, **options)
-        # Flax's running statistics become float64 with the first float64 batch, and are never below float32.
-        wide = jnp.float64 if jnp.float64 in (stats_dtype, mean.value.dtype) else jnp.float32
+        state = BNState(mean.value, var.value)
         initializing = self.is_initializing()  # on any batch, outside any axis_name: the statistics stay
-        y, state = train(
+        if not use_running_average:
+            # Flax's running statistics become float64 with the first float64 batch, and are never below float32.
+            wide = jnp.float64 if jnp.float64 in (stats_dtype, mean.value.dtype) else jnp.float32
+            state = BNState(state.mean.astype(wide), state.var.astype(wide))
+        y, state = normalize(
+            self,
             params,
-            BNState(mean.value.astype(wide), var.value.astype(wide)),
+            state,
             x,
-            momentum=self.momentum,
-            mask=full_rank_mask(mask, x),
-            virtual_batch_size=None if initializing else self.virtual_batch_size,
-            unbiased=self.unbiased,
-            axis_name=None if initializing else self.axis_name,
-            axis_index_groups=None if initializing or self.axis_name is None else self.axis_index_groups,
-            **options,
+            axis=axis,
+            dtype=dtype,
+            average=use_running_average,
+            mask=mask,
+            residual=residual,
+            renorm=renorm,
+            alone=initializing,
         )
-        if not initializing:
+        if not (use_running_average or initializing):
             mean.value, var.value = state
         return y
 

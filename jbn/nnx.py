@@ -23,9 +23,9 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
-from jbn import BNParams, BNState, bn_eval
+from jbn import BNParams, BNState
 from jbn._flax.fold_nnx import Folded, fold
-from jbn._flax.layer import check_features, feature_axis, full_rank_mask, left_to_flax, training, with_result_dtype
+from jbn._flax.layer import bounds, check_features, feature_axis, left_to_flax, normalize, with_result_dtype
 from jbn._flax.recalibrate_nnx import recalibrate
 
 __all__ = ["BatchNorm", "Folded", "fold", "recalibrate"]
@@ -53,7 +53,7 @@ class BatchNorm(nnx.BatchNorm):
         `mean` and `var` see the whole batch.
       unbiased: store the variance times n / max(n − 1, 1) in `var`, as PyTorch does.
       implementation: None chooses by platform; `"xla"` or `"triton"` never falls back.
-      renorm: batch renormalization (Ioffe 2017, https://arxiv.org/abs/1702.03275; see `jbn.brn_train`): training is
+      renorm: batch renormalization (Ioffe 2017, https://arxiv.org/abs/1702.03275; see `jbn.Renorm`): training is
         corrected towards the running statistics, so that it sees what inference will.
       r_max, d_max: the bounds of that correction, ≥ 1 and ≥ 0, for calls that name none. With 1 and 0 it is the plain
         layer, bit for bit; the paper begins there and reaches 3 and 5.
@@ -129,7 +129,7 @@ class BatchNorm(nnx.BatchNorm):
           TypeError: training with `renorm` and without a bound.
         """
         x = jnp.asarray(x)
-        train = training(self, r_max, d_max)
+        renorm = bounds(self, r_max, d_max)
         if use_running_average is None:
             use_running_average = self.use_running_average
         if left_to_flax(self, x, residual) or use_running_average is None:  # None: the error is Flax's
@@ -145,29 +145,20 @@ class BatchNorm(nnx.BatchNorm):
         else:
             x, mean, var, scale, bias = self.promote_dtype((x, *state, scale, bias), dtype=self.dtype)
             x, dtype = with_result_dtype(x, self.dtype, scale, bias)
-        options: dict[str, Any] = dict(
-            axis=axis,
-            epsilon=self.epsilon,
-            residual=residual,
-            activation=self.activation,
-            dtype=dtype,
-            implementation=self.implementation,
-        )
-        if use_running_average:
-            return bn_eval(BNParams(scale, bias), BNState(mean, var), x, **options)
-        y, state = train(
+        y, state = normalize(
+            self,
             BNParams(scale, bias),
-            state,
+            BNState(mean, var) if use_running_average else state,
             x,
-            momentum=self.momentum,
-            mask=full_rank_mask(mask, x),
-            virtual_batch_size=self.virtual_batch_size,
-            unbiased=self.unbiased,
-            axis_name=self.axis_name,
-            axis_index_groups=None if self.axis_name is None else self.axis_index_groups,
-            **options,
+            axis=axis,
+            dtype=dtype,
+            average=use_running_average,
+            mask=mask,
+            residual=residual,
+            renorm=renorm,
         )
-        self.mean[...], self.var[...] = state
+        if not use_running_average:
+            self.mean[...], self.var[...] = state
         return y
 
     def set_view(

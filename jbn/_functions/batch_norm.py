@@ -1,6 +1,8 @@
 """Batch normalization as pure functions: parameters and running state go in, the output and new state come out."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -9,6 +11,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jbn._functions import checks
+from jbn._functions.renorm import Renorm, check_renorm, corrected
 from jbn._functions.virtual import Virtual, check_virtual, each
 from jbn._op.merging import Moments, pool_along
 from jbn._op.normalize import Learned, Running, normalize_eval, normalize_train
@@ -80,6 +83,7 @@ def bn_train(
     axis_name: str | Sequence[str] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     implementation: Implementation | None = None,
+    renorm: Renorm | None = None,
 ) -> tuple[jax.Array, BNState]:
     """Normalises `x` with its own statistics, and moves the running state towards them.
 
@@ -113,6 +117,7 @@ def bn_train(
         own. (Under plain `jit` they are global.)
       axis_index_groups: with one `axis_name`: equal groups of its indices that share statistics among themselves.
       implementation: "xla", "triton", or None to choose; a named one never falls back.
+      renorm: `jbn.Renorm(r_max, d_max)` corrects y towards the running state (batch renormalization, Ioffe 2017).
 
     Returns:
       y, of x's shape, and the new state, which carries no gradient.
@@ -131,10 +136,17 @@ def bn_train(
     state = jax.tree.map(lax.stop_gradient, state)
     running = _running(plan, state, x)
 
+    renorm = check_renorm(renorm)
+
+    def normalize(plan, x, learned, mask):
+        if renorm is not None:
+            learned = corrected(renorm, plan, x, learned, mask, running)
+        return normalize_train(plan, x, learned, mask, running)
+
     if virtual is None:
-        y, seen = normalize_train(plan._replace(sync=sync), x, learned, mask, running)
+        y, seen = normalize(plan._replace(sync=sync), x, learned, mask)
     else:
-        y, seen = _normalize_virtual(plan, virtual, sync, x, learned, mask, running)
+        y, seen = _normalize_virtual(normalize, plan, virtual, sync, x, learned, mask)
     return y, _moved(state, seen, momentum, unbiased)
 
 
@@ -193,20 +205,21 @@ def _running(plan: Plan, state: BNState, x) -> Running:
     return Running(*(beside(jnp.asarray(v).astype(compute_dtype(x.dtype)), x, plan.channel) for v in state))
 
 
-def _normalize_virtual(plan: Plan, virtual: Virtual, sync: Sync, x, learned: Learned, mask, running: Running):
+def _normalize_virtual(
+    normalize: Callable, plan: Plan, virtual: Virtual, sync: Sync, x, learned: Learned, mask
+) -> tuple[jax.Array, Moments]:
     """y, each virtual batch normalised by itself, and the moments of all of them."""
     if virtual.members > 1:
-        y, seen = normalize_train(plan._replace(sync=virtual.sync), x, learned, mask, running)
+        y, seen = normalize(plan._replace(sync=virtual.sync), x, learned, mask)
         if virtual.sync == sync:
             return y, seen
         share = seen._replace(count=seen.count / virtual.members, m2=seen.m2 / virtual.members)
         return y, synchronise(plan._replace(sync=sync), share)
 
-    def normalize(x, residual, mask):
-        own = plan._replace(sharded=splittable())
-        return normalize_train(own, x, learned._replace(residual=residual), mask, running)
+    def of_one(x, residual, mask):
+        return normalize(plan._replace(sharded=splittable()), x, learned._replace(residual=residual), mask)
 
-    y, seen = each(normalize, virtual, x, learned.residual, mask, plan.implementation)
+    y, seen = each(of_one, virtual, x, learned.residual, mask, plan.implementation)
     return y, synchronise(plan._replace(sync=sync), pool_along(jax.tree.map(lax.stop_gradient, seen)))
 
 

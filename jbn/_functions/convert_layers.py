@@ -11,7 +11,7 @@ from jbn._functions.checks import check_between
 
 KERAS_CALLS = {  # options of Keras's layer that are arguments of ours, and where they go
     "axis": "give that axis to bn_train and bn_eval",
-    "renorm": "train with brn_train or renorm=True of the Flax modules, leave the weights of renorm out of weights",
+    "renorm": "give bn_train a jbn.Renorm or Flax modules renorm=True, leave the weights of renorm out of weights",
     "virtual_batch_size": "give it to bn_train",
     "synchronized": "under jit statistics are global anyway, in shard_map give bn_train an axis_name",
 }

@@ -1,5 +1,7 @@
 """Whole models from PyTorch and back: where each layer goes, and what a state_dict does not say of it."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -37,7 +39,7 @@ def model_from_torch(
         a weight `(outputs, inputs)` and a bias, convolutions, which may be grouped, by a weight of higher rank
         `(outputs, inputs / groups, *window)`; Flax has `(inputs, outputs)` and `(*window, inputs / groups, outputs)`.
         Half precision becomes float32.
-      names: for each PyTorch layer its path in the Flax model, as `resnet50_names` gives them.
+      names: for each PyTorch layer its path in the Flax model, e.g. `{"conv1": ("Conv_0",), "bn1": ("BatchNorm_0",)}`.
       kind: `"linen"` or `"nnx"`.
       hints: for some PyTorch layers what a state_dict does not say. `"dense"`: a dense layer without bias;
         `"embedding"`: `nn.Embedding`, whose weight looks alike and becomes `embedding`, `(entries, features)`;
@@ -51,7 +53,7 @@ def model_from_torch(
       For linen `{"params": …, "batch_stats": …}`; for nnx the nested dict that `nnx.replace_by_pure_dict` takes:
 
           state = nnx.state(model)
-          nnx.replace_by_pure_dict(state, model_from_torch(state_dict, resnet50_names("nnx"), "nnx"))
+          nnx.replace_by_pure_dict(state, model_from_torch(state_dict, names, "nnx"))
           nnx.update(model, state)
 
     Raises:
@@ -145,25 +147,6 @@ def model_to_torch(
         shown = ", ".join("/".join(map(str, path)) for path in sorted(left, key=str)[:5])
         raise ValueError(f"variables has {len(left)} entries that no name leads to: {shown}: add them")
     return tensors
-
-
-def resnet50_names(kind: Kind = "linen") -> dict[str, tuple[str | int, ...]]:
-    """For every layer of torchvision's ResNet-50 its path in the `ResNet50`s of `experiments/material/models.py`."""
-    linen = _check_kind(kind) == "linen"
-    names: dict[str, tuple[str | int, ...]] = {
-        "conv1": ("Conv_0" if linen else "conv",),
-        "bn1": ("BatchNorm_0" if linen else "norm",),
-    }
-    blocks = [(stage, block) for stage, count in enumerate((3, 4, 6, 3), 1) for block in range(count)]
-    for number, (stage, block) in enumerate(blocks):
-        theirs, ours = f"layer{stage}.{block}", (f"Bottleneck_{number}",) if linen else ("blocks", number)
-        for i in range(3):
-            names[f"{theirs}.conv{i + 1}"] = (*ours, f"Conv_{i}" if linen else f"conv{i + 1}")
-            names[f"{theirs}.bn{i + 1}"] = (*ours, f"BatchNorm_{i}" if linen else f"norm{i + 1}")
-        if block == 0:
-            names[f"{theirs}.downsample.0"] = (*ours, "conv_shortcut")
-            names[f"{theirs}.downsample.1"] = (*ours, "norm_shortcut")
-    return names | {"fc": ("Dense_0" if linen else "dense",)}
 
 
 def _check_names(names: Names) -> Names:

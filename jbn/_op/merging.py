@@ -5,8 +5,8 @@ Moments form a commutative monoid: those of two parts give those of the whole, a
 LeVeque 1979, eq. 2.1).
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jbn._op.plan import choose
 from jbn._op.sync import Sync, add_across, gather, members_along, to_members
 
+Part = TypeVar("Part")
 GATHER_LIMIT = 2**20  # bytes that one gather may bring to a device; beyond, two sums of constant size are cheaper
 
 
@@ -122,3 +123,24 @@ def merge_two(a: Moments, b: Moments) -> Moments:
     mean = pick(a.mean, b.mean, a.mean + delta * weight)
     m2 = pick(a.m2, b.m2, a.m2 + b.m2 + jnp.square(delta) * (a.count * weight))
     return Moments(count, mean, m2)
+
+
+def merge_stream(parts: Iterable[Part], merge: Callable[[Part, Part], Part]) -> Part | None:
+    """All parts merged in order as a balanced tree, holding only log₂ of them at a time; None of none.
+
+    Parts meet only with others of their own weight, as digits of a binary counter carry: a small part is never
+    added to a large sum, where its last bits would be lost, and rounding grows with the logarithm of their number.
+    """
+    waiting: list[tuple[int, Part]] = []  # sizes fall from left to right
+    for part in parts:
+        size = 1
+        while waiting and waiting[-1][0] == size:
+            part = merge(waiting.pop()[1], part)
+            size *= 2
+        waiting.append((size, part))
+    if not waiting:
+        return None
+    _, total = waiting.pop()
+    while waiting:
+        total = merge(waiting.pop()[1], total)
+    return total

@@ -136,8 +136,8 @@ def test_batch_renormalisation():
     params, state = jbn.bn_init(3)
 
     def f(x):
-        bounds = dict(r_max=1.5, d_max=0.5, activation="silu")
-        y, pull, new = jax.vjp(lambda x: jbn.brn_train(params, state, x, **bounds), x, has_aux=True)
+        options = dict(renorm=jbn.Renorm(1.5, 0.5), activation="silu")
+        y, pull, new = jax.vjp(lambda x: jbn.bn_train(params, state, x, **options), x, has_aux=True)
         return y, tuple(new), pull(y)[0]
 
     run = jax.jit(export.export(jax.jit(f))(*scoped("n, 3")).call)
