@@ -74,10 +74,15 @@ def compute_dtype(dtype) -> jnp.dtype:
     return jnp.dtype("float64" if jnp.dtype(dtype) == jnp.float64 else "float32")
 
 
+def is_explicit(sharding) -> bool:
+    """Whether an explicit mesh says, in a type, how an array is split; over an automatic one the compiler decides."""
+    return any(entry is not None for entry in sharding.spec)
+
+
 def choose(condition, value, otherwise):
     """`jnp.where`, over an explicit mesh too, where it asks that all three are sharded alike: as `value` is."""
     sharding = jax.typeof(value).sharding
-    if any(entry is not None for entry in sharding.spec):
+    if is_explicit(sharding):
         condition = jax.reshard(jnp.broadcast_to(condition, value.shape), sharding)
         if jnp.ndim(otherwise):
             otherwise = jax.reshard(jnp.broadcast_to(otherwise, value.shape), sharding)

@@ -20,8 +20,8 @@ from jbn._op.jax_internals import (
     run_eagerly,
     varying,
 )
-from jbn._op.partition import is_typed, split
-from jbn._op.plan import Plan, is_symbolic
+from jbn._op.partition import split
+from jbn._op.plan import Plan, is_explicit, is_symbolic
 from jbn._op.rule_name import identity
 from jbn._op.sync import vary
 
@@ -188,7 +188,7 @@ def _splits(ctx, plan) -> bool:
 
     Over an automatic mesh they call back into this process, which exported code cannot: there XLA splits by itself.
     """
-    return plan.sharded and (is_typed(ctx.avals_in[0].sharding) or not is_exported(ctx))
+    return plan.sharded and (is_explicit(ctx.avals_in[0].sharding) or not is_exported(ctx))
 
 
 def _divides(ctx, plan) -> bool:

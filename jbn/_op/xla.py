@@ -133,8 +133,8 @@ class _Map(NamedTuple):
 def _map(plan: Plan, x, coef: Coefficients, above=jnp.greater) -> _Map:
     rstd = lax.rsqrt(coef.spread / plan.count + coef.epsilon)
     slope = rstd if coef.scale is None else rstd * coef.scale
-    # The mean in any case. But XLA merges equal expressions, and x − mean, shared by a reduction and another pass, is
-    # then written to memory at x's size and read again; made to look different it is computed in either for nothing.
+    # This is the mean in any case: the choice only makes x − mean look different in one of the backward's two passes.
+    # Of equal expressions XLA would compute one, write it to memory at x's size and read it again; two cost nothing.
     mean = choose(above(rstd, 0), coef.mean, 0)
     return _Map(*(_spread(plan, v, x.ndim) for v in (mean, rstd, slope)))
 

@@ -14,7 +14,8 @@ from jbn._op import xla
 from jbn._op.plan import Coefficients, Plan, compute_dtype, row_count
 
 LITTLE = 2**14  # elements of a batch that are reduced as they are
-# Into how many equal parts rows are cut: the first that divides them. More would not be unrolled, fewer leave more.
+# Rows are cut into equal parts, of the first number here that divides them. A loop over more parts is not unrolled;
+# of fewer, each is longer, and within a part rows are summed the slow way.
 PARTS = (*range(8, 15), 7, 6, 5, 4)  # with an activation's derivative in the loop
 PLAIN_PARTS = range(32, 11, -1)
 HALF_PARTS = range(24, 11, -1)  # each number is converted
