@@ -13,7 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jbn._functions import checks
 from jbn._functions.renorm import Renorm, check_renorm, corrected
 from jbn._functions.virtual import Virtual, check_virtual, each
-from jbn._op.merging import Moments, pool_along
+from jbn._op.merging import Statistics, pool_along
 from jbn._op.normalize import Learned, Running, normalize_eval, normalize_train
 from jbn._op.partition import beside
 from jbn._op.pieces import synchronise
@@ -89,7 +89,10 @@ def bn_train(
 
     y = activation(scale · (x − mean) / √(var + epsilon) + bias + residual), where mean and var = Σ(x − mean)² / n are
     taken over all axes but `axis`, where `mask` is True; new state = momentum · state + (1 − momentum) · statistics.
-    Σ(x − mean)² has to be finite, which in float32 is √(n · var) < 1.8e19: beyond, the new var is infinite and x̂ is 0.
+    Units do not matter where every (x − mean)² is finite, in float32 |x − mean| < 1.8e19, and standard deviations are
+    beyond 1e-15; kernels need Σ(x − mean)² to be finite too. Past that the new var is infinite, and x̂ is 0.
+    In float32 the mean is rounded, as x was, and y errs by up to scale · 6e-8 · |mean| / std: what is left of the mean
+    would be one more vector for kernels to read and devices to exchange.
 
     Args:
       params: `BNParams`, vectors `(C,)` or None.
@@ -213,7 +216,7 @@ def _normalize_virtual(
         y, seen = normalize(plan._replace(sync=virtual.sync), x, learned, mask)
         if virtual.sync == sync:
             return y, seen
-        share = seen._replace(count=seen.count / virtual.members, m2=seen.m2 / virtual.members)
+        share = seen._replace(count=seen.count / virtual.members)
         return y, synchronise(plan._replace(sync=sync), share)
 
     def of_one(x, residual, mask):
@@ -223,7 +226,7 @@ def _normalize_virtual(
     return y, synchronise(plan._replace(sync=sync), pool_along(jax.tree.map(lax.stop_gradient, seen)))
 
 
-def _moved(state: BNState, seen: Moments, momentum, unbiased: bool) -> BNState:
+def _moved(state: BNState, seen: Statistics, momentum, unbiased: bool) -> BNState:
     """momentum · state + (1 − momentum) · statistics, where there were any; without gradient, in the state's dtypes."""
 
     def move(old, new):

@@ -43,7 +43,8 @@ def moments(
     mask = check_mask(mask, x)
     out = pieces.synchronise(plan, pieces.local_moments(plan, x, mask))
     count = row_count(plan, x) * plan.sync.members if mask is None else out.count
-    return out._replace(count=jnp.asarray(count, out.mean.dtype))
+    count = jnp.asarray(count, out.mean.dtype)
+    return Moments(count, out.mean, out.var * count)
 
 
 def merge(*parts: Moments) -> Moments:

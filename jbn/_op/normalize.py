@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from jbn._op import pieces
-from jbn._op.merging import Moments
+from jbn._op.merging import Statistics
 from jbn._op.plan import Coefficients, Plan, choose
+from jbn._op.xla import inverse_std
 
 
 class Running(NamedTuple):
@@ -37,7 +37,7 @@ class Learned(NamedTuple):
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def normalize_train(plan: Plan, x, learned: Learned, mask, running: Running):
-    """`(y, (count, mean, m2))`: x normalised with its own statistics, and these."""
+    """`(y, (count, mean, var))`: x normalised with its own statistics, and these."""
     seen = pieces.synchronise(plan, pieces.local_moments(plan, x, mask))
     plan, coef = _coefficients(plan, seen, learned, running)
     (y,) = pieces.apply(plan, x, coef, learned.residual, mask)
@@ -51,7 +51,7 @@ def _normalize_train_jvp(plan, primals, tangents):
     # named here, and only here, do the names reach `jax.checkpoint`: kept, they spare the reduction
     x = checkpoint_name(x, "bn_input")
     seen = pieces.synchronise(plan, pieces.local_moments(plan, x, mask))
-    seen = seen._replace(mean=checkpoint_name(seen.mean, "bn_stats"), m2=checkpoint_name(seen.m2, "bn_stats"))
+    seen = seen._replace(mean=checkpoint_name(seen.mean, "bn_stats"), var=checkpoint_name(seen.var, "bn_stats"))
     if not isinstance(seen.count, int):
         seen = seen._replace(count=checkpoint_name(seen.count, "bn_stats"))
     plan, coef = _coefficients(plan, seen, learned, running)
@@ -75,7 +75,7 @@ def _normalize_eval_jvp(plan, primals, tangents):
     x = checkpoint_name(x, "bn_input")
     coef = _given(learned, running)
     (y,) = pieces.apply(plan, x, coef, learned.residual, None)
-    rstd = lax.rsqrt(running.var + learned.epsilon)
+    rstd = inverse_std(running.var, learned.epsilon)
     slope = rstd if learned.scale is None else rstd * learned.scale
     dmean, dvar = (None if _still(t) else t for t in drunning)
     # ∂y/∂mean = −scale·rstd and ∂y/∂var = −½·scale·rstd²·x̂, so both move y as a bias and a scale would
@@ -88,7 +88,7 @@ def _moved(plan, x, coef, learned, mask, dx, moved, extra_scale=None, extra_bias
     """ẏ, zero tangents left out so that no zeros of x's size are stored."""
     dscale, dbias, dresidual, depsilon = (None if t is None or _still(t) else t for t in moved)
     if depsilon is not None:
-        rstd = lax.rsqrt(coef.spread / plan.count + coef.epsilon)
+        rstd = inverse_std(coef.var, coef.epsilon)
         slope = rstd if coef.scale is None else rstd * coef.scale
         extra_scale = _plus(extra_scale, -0.5 * slope * rstd * depsilon)
     dx = None if _still(dx) else dx
@@ -99,19 +99,19 @@ def _moved(plan, x, coef, learned, mask, dx, moved, extra_scale=None, extra_bias
     return dy
 
 
-def _coefficients(plan: Plan, seen: Moments, learned: Learned, running: Running) -> tuple[Plan, Coefficients]:
+def _coefficients(plan: Plan, seen: Statistics, learned: Learned, running: Running) -> tuple[Plan, Coefficients]:
     """The map of x's own moments; a channel that saw nothing takes the running statistics."""
     if isinstance(seen.count, int) and seen.count:
         plan = plan._replace(count=seen.count)
-        return plan, Coefficients(seen.mean, seen.m2, None, learned.epsilon, learned.scale, learned.bias)
+        return plan, Coefficients(seen.mean, seen.var, None, learned.epsilon, learned.scale, learned.bias)
     count = jnp.broadcast_to(jnp.asarray(seen.count, seen.mean.dtype), seen.mean.shape)
     weight = choose(count > 0, 1 / jnp.maximum(count, 1), 0)
     mean = choose(count > 0, seen.mean, running.mean)
-    var = choose(count > 0, seen.m2 * weight, running.var)
+    var = choose(count > 0, seen.var, running.var)
     return plan, Coefficients(mean, var, weight, learned.epsilon, learned.scale, learned.bias)
 
 
-def _as_arrays(seen: Moments) -> Moments:
+def _as_arrays(seen: Statistics) -> Statistics:
     return seen._replace(count=jnp.full_like(seen.mean, seen.count) if isinstance(seen.count, int) else seen.count)
 
 

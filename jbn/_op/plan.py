@@ -14,7 +14,7 @@ class Plan(NamedTuple):
 
     channel: int  # position of the channel axis in x
     batch: int  # leading axes of x, each index of which is a batch of its own
-    count: int  # divides `Coefficients.spread` and sums; 1 where these are divided already
+    count: int  # divides sums; 1 where `Coefficients.weight` does
     centred: bool  # statistics are x's own, so derivatives flow through them
     activation: str | None
     dtype: jnp.dtype  # of y
@@ -28,11 +28,11 @@ class Plan(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """The vectors of the affine map: y = scale · (x − mean) / √(spread / plan.count + epsilon) + bias."""
+    """The vectors of the affine map: y = scale · (x − mean) / √(var + epsilon) + bias."""
 
     mean: jax.Array  # (*batch, C)
-    spread: jax.Array  # (*batch, C)
-    weight: jax.Array | None  # (*batch, C), 1 / count where the count is data and `spread` divided already
+    var: jax.Array  # (*batch, C)
+    weight: jax.Array | None  # (*batch, C), 1 / count where the count is data
     epsilon: jax.Array  # (*batch, 1)
     scale: jax.Array | None  # (*batch, C)
     bias: jax.Array | None  # (*batch, C)

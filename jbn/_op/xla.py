@@ -17,7 +17,7 @@ from jbn._op.sync import add_across
 
 
 def moments(plan: Plan, x, mask):
-    """Σ over the rows of each channel: `mean, Σ(x − mean)²`, and the count before them where there is a mask.
+    """Over the rows of each channel: `mean, Σ(x − mean)² / count`, and the count before them where there is a mask.
 
     Two passes after a shift by a value of the channel itself, so that nothing cancels: the mean is taken of
     x − pivot, which is exact for a constant channel whatever the constant.
@@ -27,9 +27,10 @@ def moments(plan: Plan, x, mask):
     if mask is None:
         size = math.prod(x.shape[a] for a in axes)
         pivot = lax.stop_gradient(typical_row(x, axes))  # the mean does not depend on it
-        mean = _vector(plan, pivot) + _vector(plan, _total(x - pivot, axes)) / max(size, 1)
-        m2 = _total(jnp.square(x - _spread(plan, mean, x.ndim)), axes)
-        return mean, _vector(plan, m2)
+        mean = pivot + _total(x - pivot, axes) / max(size, 1)
+        unit = _unit(pivot, mean)
+        var = _total(jnp.square((x - mean) * unit), axes) / (jnp.square(unit) * max(size, 1))
+        return _vector(plan, mean), _vector(plan, var)
     # what the mask is 1 along counts as often as x has entries there
     repeats = math.prod(x.shape[a] for a in axes if mask.shape[a] == 1)
     count = jnp.sum(mask, axes, keepdims=True, dtype=jnp.int32).astype(x.dtype) * repeats
@@ -37,10 +38,20 @@ def moments(plan: Plan, x, mask):
     pivot = lax.stop_gradient(choose(count > 0, pivot, 0))
     size = jnp.maximum(count, 1)
     mean = pivot + _total(choose(mask, x - pivot, 0), axes) / size
+    unit = _unit(pivot, mean)
     # chosen before it is squared: the derivative of a square that is not chosen may be NaN
-    m2 = _total(jnp.square(choose(mask, x - mean, 0)), axes)
+    var = _total(jnp.square(choose(mask, x - mean, 0) * unit), axes) / (jnp.square(unit) * size)
     count = jnp.broadcast_to(count, mean.shape)
-    return tuple(_vector(plan, v) for v in (count, mean, m2))
+    return tuple(_vector(plan, v) for v in (count, mean, var))
+
+
+def _unit(pivot, mean):
+    """A power of two, in which up to 2⁴⁰ squares of x − mean add up to what is finite if each of them is.
+
+    What lies far out has its mean, or else the value that is the pivot, beyond 1; then what it takes from the least
+    squares is no more than rounding.
+    """
+    return choose(jnp.maximum(jnp.abs(pivot), jnp.abs(mean)) > 1, jnp.full_like(mean, 2.0**-20), 1)
 
 
 def apply(plan: Plan, x, coef: Coefficients, residual, mask=None):
@@ -122,6 +133,20 @@ def gradient_input(plan: Plan, x, coef: Coefficients, residual, mask, dy, sums):
     return (dx,) if residual is None else (dx, dz.astype(residual.dtype))
 
 
+@jax.custom_jvp
+def inverse_std(var, epsilon):
+    """1 / √(var + epsilon)."""
+    return lax.rsqrt(var + epsilon)
+
+
+@inverse_std.defjvp
+def _inverse_std_jvp(primals, tangents):
+    rstd = inverse_std(*primals)
+    dvar, depsilon = tangents
+    # factor by factor: the cube of 1e-13 is 0, and that of 1e13 infinite
+    return rstd, -0.5 * rstd * (rstd * (rstd * (dvar + depsilon)))
+
+
 class _Map(NamedTuple):
     """The affine map at x's rank, 1 along the rows."""
 
@@ -131,7 +156,7 @@ class _Map(NamedTuple):
 
 
 def _map(plan: Plan, x, coef: Coefficients, above=jnp.greater) -> _Map:
-    rstd = lax.rsqrt(coef.spread / plan.count + coef.epsilon)
+    rstd = inverse_std(coef.var, coef.epsilon)
     slope = rstd if coef.scale is None else rstd * coef.scale
     # This is the mean in any case: the choice only makes x − mean look different in one of the backward's two passes.
     # Of equal expressions XLA would compute one, write it to memory at x's size and read it again; two cost nothing.
