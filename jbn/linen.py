@@ -25,10 +25,11 @@ from jbn import BNParams, BNState, bn_eval
 from jbn._flax import replace_linen
 from jbn._flax.fold_linen import Folded, fold
 from jbn._flax.layer import check_features, feature_axis, full_rank_mask, left_to_flax, training, with_result_dtype
+from jbn._flax.norm_mask_linen import norm_mask
 from jbn._flax.recalibrate_linen import recalibrate
 from jbn._flax.replace_shared import Replaced
 
-__all__ = ["BatchNorm", "Folded", "Replaced", "fold", "recalibrate", "replacing"]
+__all__ = ["BatchNorm", "Folded", "Replaced", "fold", "norm_mask", "recalibrate", "replacing"]
 
 # Without Flax's method wrapper, so that a call left to it is captured and tabulated once, not twice.
 _flax_call = inspect.unwrap(nn.BatchNorm.__call__)

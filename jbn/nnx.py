@@ -27,10 +27,11 @@ from jbn import BNParams, BNState, bn_eval
 from jbn._flax import replace_nnx
 from jbn._flax.fold_nnx import Folded, fold
 from jbn._flax.layer import check_features, feature_axis, full_rank_mask, left_to_flax, training, with_result_dtype
+from jbn._flax.norm_mask_nnx import norm_mask
 from jbn._flax.recalibrate_nnx import recalibrate
 from jbn._flax.replace_shared import Replaced
 
-__all__ = ["BatchNorm", "Folded", "Replaced", "fold", "recalibrate", "replace"]
+__all__ = ["BatchNorm", "Folded", "Replaced", "fold", "norm_mask", "recalibrate", "replace"]
 
 
 class BatchNorm(nnx.BatchNorm):

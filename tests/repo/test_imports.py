@@ -57,7 +57,7 @@ def read(sources):
 
 IMPORTS = read(SOURCES)
 FLAX = {"jbn.linen", "jbn.nnx", "experiments", "jbn._flax.layer"} | {
-    f"jbn._flax.{what}_{kind}" for what in ("recalibrate", "fold", "replace") for kind in ("linen", "nnx")
+    f"jbn._flax.{what}_{kind}" for what in ("recalibrate", "fold", "replace", "norm_mask") for kind in ("linen", "nnx")
 }
 FLIGHT = "experiments.benchmarks.gpu.flight"  # launches them itself
 ONLY_THESE = {  # package: who may import it
