@@ -13,17 +13,23 @@ Usage:
     y, updates = block.apply(variables, x, train=True, mutable=["batch_stats"])
 """
 
+from contextlib import AbstractContextManager
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jbn import BNParams, BNState
+from jbn._flax import replace_linen
 from jbn._flax.fold_linen import Folded, fold
 from jbn._flax.layer import bounds, check_features, feature_axis, left_to_flax, normalize, with_result_dtype
+from jbn._flax.norm_mask_linen import norm_mask
 from jbn._flax.recalibrate_linen import recalibrate
+from jbn._flax.replace_shared import Replaced
 from jbn._op.jax_internals import without_wrappers
 
-__all__ = ["BatchNorm", "Folded", "fold", "recalibrate"]
+__all__ = ["BatchNorm", "Folded", "Replaced", "fold", "norm_mask", "recalibrate", "replacing"]
 
 _flax_call = without_wrappers(nn.BatchNorm.__call__)
 
@@ -149,6 +155,37 @@ class BatchNorm(nn.BatchNorm):
         if not (use_running_average or initializing):
             mean.value, var.value = state
         return y
+
+
+def replacing(**options: Any) -> AbstractContextManager[Replaced]:
+    """Inside, every `flax.linen.BatchNorm` of any model computes as `jbn.linen.BatchNorm`: no import has to change.
+
+    Usage:
+
+        model = TheirModel()  # its layers are Flax's
+        with jbn.linen.replacing(virtual_batch_size=32) as seen:
+            y, updates = jax.jit(train_step)(variables, x)
+
+    Variables, their names and random numbers are those of the model without. Layers may be nested, lifted (`nn.scan`,
+    `nn.vmap`, `nn.remat`, `nn.jit`), and called in functions that JAX traces. Being inside is part of JAX's keys: what
+    was compiled outside is not used inside, nor the other way round, nor under other options; so enter it around the
+    calls of a jitted function, or in that function. Outside all is as it was. Contexts may be nested, the innermost
+    decides. It holds for the thread that enters it.
+
+    Args:
+      **options: of `jbn.linen.BatchNorm`, for every layer: momentum, epsilon, dtype, axis_name, axis_index_groups,
+        virtual_batch_size, unbiased, implementation, renorm, r_max, d_max. `use_running_average` holds whatever the
+        model says: True freezes the statistics. Layers keep what is not given, as well as axis and variables.
+
+    Yields:
+      `Replaced`, which fills while models are traced inside (a program compiled inside before is not traced again).
+      Left are layers that are ours, and subclasses, which may compute in their own way.
+
+    Raises:
+      TypeError: an option that is not one of these.
+      ValueError: a value out of range, or bounds without renorm.
+    """
+    return replace_linen.replacing(BatchNorm, options)
 
 
 def __dir__() -> list[str]:

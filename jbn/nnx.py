@@ -24,11 +24,14 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
 from jbn import BNParams, BNState
+from jbn._flax import replace_nnx
 from jbn._flax.fold_nnx import Folded, fold
 from jbn._flax.layer import bounds, check_features, feature_axis, left_to_flax, normalize, with_result_dtype
+from jbn._flax.norm_mask_nnx import norm_mask
 from jbn._flax.recalibrate_nnx import recalibrate
+from jbn._flax.replace_shared import Replaced
 
-__all__ = ["BatchNorm", "Folded", "fold", "recalibrate"]
+__all__ = ["BatchNorm", "Folded", "Replaced", "fold", "norm_mask", "recalibrate", "replace"]
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -178,6 +181,35 @@ class BatchNorm(nnx.BatchNorm):
             for name, bound in {"r_max": r_max, "d_max": d_max}.items():
                 if bound is not None:  # a number is static, an array data
                     setattr(self, name, nnx.data(bound) if hasattr(bound, "dtype") else bound)
+
+
+def replace(model: nnx.Module, **options: Any) -> Replaced:
+    """Turns every `flax.nnx.BatchNorm` of a model into a `jbn.nnx.BatchNorm`, in place: no import has to change.
+
+    Usage:
+
+        model = TheirModel(rngs=nnx.Rngs(0))  # its layers are Flax's
+        jbn.nnx.replace(model, axis_name="data")
+
+    The layer stays the same object with the same variables, so that parameters, statistics, settings, sharding and
+    other metadata, layers and variables that are shared, and an optimizer made before, all stay.
+
+    Args:
+      model: any module.
+      **options: of `jbn.nnx.BatchNorm`, for every layer that is replaced: use_running_average, momentum, epsilon,
+        dtype, axis_name, axis_index_groups, virtual_batch_size, unbiased, implementation, renorm, r_max, d_max. Layers
+        keep what is not given, as well as axis and variables.
+
+    Returns:
+      `Replaced`. Left are layers that are ours, with the settings that they have, and subclasses, which may compute in
+      their own way.
+
+    Raises:
+      TypeError: `model` is no module, or an option is not one of these.
+      ValueError: the model has no batch norm, a value is out of range, or bounds come without renorm. After an error
+        the model is as it was.
+    """
+    return replace_nnx.replace(model, BatchNorm, options)
 
 
 def __dir__() -> list[str]:

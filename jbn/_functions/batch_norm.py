@@ -210,7 +210,7 @@ def _running(plan: Plan, state: BNState, x) -> Running:
 
 def _normalize_virtual(
     normalize: Callable, plan: Plan, virtual: Virtual, sync: Sync, x, learned: Learned, mask
-) -> tuple[jax.Array, Moments]:
+) -> tuple[jax.Array, Statistics]:
     """y, each virtual batch normalised by itself, and the moments of all of them."""
     if virtual.members > 1:
         y, seen = normalize(plan._replace(sync=virtual.sync), x, learned, mask)

@@ -57,7 +57,7 @@ def read(sources):
 
 IMPORTS = read(SOURCES)
 FLAX = {"jbn.linen", "jbn.nnx", "experiments", "jbn._flax.layer"} | {
-    f"jbn._flax.{what}_{kind}" for what in ("recalibrate", "fold") for kind in ("linen", "nnx")
+    f"jbn._flax.{what}_{kind}" for what in ("recalibrate", "fold", "replace", "norm_mask") for kind in ("linen", "nnx")
 }
 INTERNALS = "jbn._op.jax_internals"
 INTERNAL = {  # what JAX and Flax do not promise, though an underscore is missing: attributes, keys of parameters
