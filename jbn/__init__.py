@@ -4,6 +4,8 @@ import importlib
 from types import ModuleType
 
 from jbn import convert, scaling
+from jbn._functions.autotune import autotune
+from jbn._functions.autotune_table import Tuning
 from jbn._functions.batch_norm import BNParams, BNState, bn_eval, bn_init, bn_train
 from jbn._functions.explain import Explanation, explain
 from jbn._functions.folding import fold_into_next, fold_into_previous
@@ -18,6 +20,8 @@ __all__ = [
     "Explanation",
     "Moments",
     "Renorm",
+    "Tuning",
+    "autotune",
     "bn_eval",
     "bn_init",
     "bn_train",

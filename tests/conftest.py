@@ -19,7 +19,7 @@ import kept
 import plugin
 import pytest
 
-from jbn._op import dispatch
+from jbn._op import dispatch, tables
 
 plugin.install()
 OPTIMIZED = {f"test_{name}" for name in ("cpu", "edges", "functional", "gradients", "moments", "numerics", "pieces")}
@@ -61,6 +61,15 @@ def kept_files(tmp_path_factory):
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     kept.folder = Path(KEPT or shared / "kept")
     kept.folder.mkdir(exist_ok=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_measurements_of_the_user(tmp_path_factory):
+    """What whoever runs the tests has measured is not for them."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setattr(tables, "default_folder", lambda: folder)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

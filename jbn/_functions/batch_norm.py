@@ -17,7 +17,7 @@ from jbn._op.merging import Statistics, pool_along
 from jbn._op.normalize import Learned, Running, normalize_eval, normalize_train
 from jbn._op.partition import beside
 from jbn._op.pieces import synchronise
-from jbn._op.plan import Plan, choose, compute_dtype
+from jbn._op.plan import Options, Plan, choose, compute_dtype
 from jbn._op.sync import Sync, splittable
 
 Activation = Literal["relu", "relu6", "leaky_relu", "silu", "hard_swish"]
@@ -133,6 +133,7 @@ def bn_train(
     plan, x, learned = _prepare(params, state, x, axis, epsilon, residual, activation, dtype, implementation)
     plan = plan._replace(centred=True)
     mask = checks.check_mask(mask, x)
+    plan = plan._replace(options=Options.of(activation, learned.residual, mask))
     momentum = checks.check_between("momentum", momentum, 0, 1)
     sync = checks.check_names(axis_name, axis_index_groups)
     virtual = check_virtual(virtual_batch_size, x, plan.channel, sync)
@@ -198,6 +199,7 @@ def _prepare(
         sync=Sync(),
         sharded=splittable(),
         implementation=implementation,
+        options=Options.of(activation, residual, None),
     )
     kind = compute_dtype(x.dtype)
     scale, bias = (None if v is None else beside(jnp.asarray(v).astype(kind), x, channel) for v in params)

@@ -96,6 +96,9 @@ def floor(piece: Piece) -> int:
     tensors = [v for v in (*jax.tree.leaves(operands), *outputs) if v.ndim == x.ndim]
     if name == "apply":
         tensors = [v for v in tensors if v.dtype != bool]  # every position is normalised
+    elif name == "gradient_input" and operands[-1] is not None:
+        mask, kept = operands[3], operands[-1]
+        tensors = [x, kept, outputs[0], *([] if mask is None else [mask])]  # z̄, kept, is the residual's cotangent
     elif name == "gradient_input" and plan.activation is None:
         _, _, residual, mask, *_ = operands
         # ȳ is the residual's cotangent as it is; with statistics given x̄ is ȳ scaled

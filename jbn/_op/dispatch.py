@@ -1,17 +1,22 @@
 """Which implementation runs.
 
 The rule: "xla" and "triton" do as they say, or raise. None takes the kernels where they were measured to win and can
-run, and plain XLA everywhere else. What was measured is a table here, so a new measurement changes data alone.
+run, and plain XLA everywhere else. What was measured is data: the package's rows for single batch norms, its table
+`WINS` below for all from a size on, and behind these the user's rows, of `jbn.autotune` (`tables.py`).
 """
 
 import functools
 import importlib.metadata
 import re
+import uuid
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jbn._op import tables
 from jbn._op.gpu import GPUS, INSTALL, Device, gpu
 from jbn._op.plan import Plan, in_megabytes, is_symbolic, size_in_bytes
 
@@ -34,6 +39,48 @@ CAPABILITY = 80  # the kernels' oldest compute capability, times ten
 AMD = ("gfx90a", "gfx94", "gfx95")  # what the names of architectures with a compiled kernel begin with
 
 
+class Measured(NamedTuple):
+    """All that was measured on a kind of device."""
+
+    kind: str
+    wins: tuple[Win, ...]
+    tables: tables.Tables
+
+    @classmethod
+    def on(cls, kind: str) -> "Measured":
+        return cls(kind, WINS, tables.of(kind))
+
+
+class Watch:
+    """Keeps the batch norms that None decides on while a program is lowered, as devices have them, and their passes."""
+
+    def __init__(self):
+        self.name = uuid.uuid4().hex  # so that no rule of another program, and none from a cache, answers the compiler
+        self.found: dict[tables.Norm, set[bool]] = {}  # whether a pass is backward
+        self.asks = False  # whether the compiler has to say what a device has
+        self.compiling = False  # set when it does
+
+    def note(self, name: str, plan: Plan, x) -> None:
+        """A piece of this name has this x."""
+        norm = tables.Norm.of(plan, x)
+        if norm is not None:
+            self.found.setdefault(norm, set()).add(is_backward(name))
+
+    def noting(self, name: str, function: Callable) -> Callable:
+        """`function`, for a piece whose x on a device the compiler says."""
+        self.asks = True
+
+        def noted(plan, x, *operands):
+            if self.compiling:
+                self.note(name, plan, x)
+            return function(plan, x, *operands)
+
+        return noted
+
+
+watch: ContextVar[Watch | None] = ContextVar("watch", default=None)  # set by `jbn.autotune`
+
+
 class Choice(NamedTuple):
     implementation: str  # "xla" or "triton"
     reason: str
@@ -45,10 +92,10 @@ def choose(
     platform: str,
     x,
     *operands,
-    wins: tuple[Win, ...] | None = None,
+    measured: Measured | None = None,
     device: Device | None = None,
 ) -> Choice:
-    """What piece `name` of the op runs as, on `platform`, for operands of these shapes and dtypes, by a table.
+    """What piece `name` of the op runs as, on `platform`, for operands of these shapes and dtypes: by measurements.
 
     `device` is the GPU, None for the one that `platform` has here; for one that is not here it is a forecast.
 
@@ -66,19 +113,61 @@ def choose(
         return Choice("triton", "asked for")
     if platform not in GPUS:
         return Choice("xla", f"kernels are for GPUs, and this is compiled for {platform}")
-    kind = (device or gpu(platform)).kind
-    win = measured(plan, kind, x, WINS if wins is None else wins)
-    if win is None:
-        return Choice("xla", f"no measurement shows the kernels ahead for {describe(plan, x)} on {kind}")
-    problem = obstacle(name, plan, platform, x, *operands, device=device)
-    if problem is not None:
-        return Choice("xla", problem)
-    return Choice("triton", f"measured to win from {in_megabytes(win.size)} on {win.device} ({win.source})")
+    best = fastest(name, plan, x, measured or Measured.on((device or gpu(platform)).kind))
+    if best.implementation == "triton":
+        problem = obstacle(name, plan, platform, x, *operands, device=device)
+        if problem is not None:
+            return Choice("xla", problem)
+    return best
 
 
-def basis(platform: str, wins: tuple[Win, ...]) -> tuple:
-    """What `choose` goes by besides piece, plan and operands."""
-    return wins, gpu(platform), packages(platform)
+def fastest(name: str, plan: Plan, x, measured: Measured) -> Choice:
+    """What was measured to be the fastest; XLA where nothing was, or kernels failed on the user's device."""
+    kind, wins, (packaged, own, left_out) = measured
+    norm, backward = tables.Norm.of(plan, x), is_backward(name)
+    users, row = own.row(norm), packaged.row(norm)
+    if users is not None and users.failed is not None:
+        return _by_row(own, users, backward)
+    if row is not None:
+        return _by_row(packaged, row, backward)
+    win = covering(plan, kind, x, wins)
+    if win is not None:
+        return Choice("triton", f"measured to win from {in_megabytes(win.size)} on {win.device} ({win.source})")
+    if users is not None:
+        return _by_row(own, users, backward)
+    told = f"no measurement shows the kernels ahead for {describe(plan, x)} on {kind}"
+    if left_out.row(norm) is not None:
+        told += (
+            f": the row in {left_out.name} is left out, as the {jax.process_count()} processes have not agreed on it; "
+            "call jbn.autotune in all of them"
+        )
+    return Choice("xla", told)
+
+
+def _by_row(source: tables.Source, row: tables.Row, backward: bool) -> Choice:
+    """The choice for a pass, with the row, its file and its date."""
+    each, speed = "backward" if backward else "forward", row.speed(backward)
+    if row.failed is not None:
+        told = f"the kernels failed when they were measured: {row.failed}"
+    elif speed is None:
+        told = f"no measurement shows the kernels ahead: {each} was not measured"
+    else:
+        told = f"measured {each} {speed:.2f}× as fast by kernels as by XLA"
+    shape = "×".join(map(str, row.norm.shape))
+    implementation = "triton" if row.won(backward) else "xla"
+    return Choice(implementation, f"{told}, row {shape} {row.norm.dtype} of {source.name}, {row.date}")
+
+
+def is_backward(name: str) -> bool:
+    """Whether a piece is of the backward pass."""
+    return name.startswith("gradient")
+
+
+def basis(name: str, plan: Plan, platform: str, x, measured: Measured) -> tuple:
+    """What `choose` goes by besides piece, plan and operands: of rows that x's parts may have, whether kernels won."""
+    found = _possible(plan, x, measured)
+    rows = [[(*row.norm, row.won(is_backward(name)), row.failed is None) for row in source] for source in found]
+    return measured.wins, [sorted(source, key=repr) for source in rows], gpu(platform), packages(platform)
 
 
 def kernels(name: str, platform: str):
@@ -88,15 +177,22 @@ def kernels(name: str, platform: str):
     return triton.piece(name, platform)
 
 
-def may_use_kernels(plan: Plan, x) -> bool:
-    """Whether kernels may be chosen on some device; known at tracing, before the platform is."""
-    if plan.implementation is None:
-        return any(_covers(win, plan, x) for win in WINS)
-    return plan.implementation == "triton"
+def may_use_kernels(name: str, plan: Plan, x, measured: Measured) -> bool:
+    """Whether None may choose kernels for x or for devices' parts of it."""
+    won = any(row.won(is_backward(name)) for source in _possible(plan, x, measured) for row in source)
+    return won or covering(plan, measured.kind, x, measured.wins) is not None
 
 
-def measured(plan: Plan, kind: str, x, wins: tuple[Win, ...]) -> Win | None:
-    """The row of a table that says the kernels win on a device of that kind."""
+def _possible(plan: Plan, x, measured: Measured) -> list[list[tables.Row]]:
+    """The package's rows and the user's that x, or a device's part of it, may have."""
+    norm, (packaged, own, _) = tables.Norm.of(plan, x), measured.tables
+    if norm is None:
+        return []
+    return [[row for row in source.rows.values() if row.norm.may_be_part_of(norm)] for source in (packaged, own)]
+
+
+def covering(plan: Plan, kind: str, x, wins: tuple[Win, ...]) -> Win | None:
+    """The row of `WINS` that says the kernels win on a device of that kind."""
     return next((win for win in wins if kind.startswith(win.device) and _covers(win, plan, x)), None)
 
 

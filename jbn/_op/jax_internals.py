@@ -52,7 +52,12 @@ def is_own(ctx: Any) -> bool:
     context = ctx.module_context.axis_context
     if hasattr(context, "manual_axes"):
         return context.manual_axes >= set(context.mesh.axis_names)
-    return getattr(context, "num_devices", 1) == 1
+    return device_count(ctx) == 1
+
+
+def device_count(ctx: Any) -> int:
+    """For how many devices a program is lowered; 1 inside `shard_map`, whose parts are each one device's."""
+    return getattr(ctx.module_context.axis_context, "num_devices", 1)
 
 
 def name_partitioning(ctx: Any, out: Sequence[ir.Value], name: Callable[[dict[str, int], Sequence[str]], str]) -> None:

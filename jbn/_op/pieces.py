@@ -5,7 +5,6 @@ from jax.interpreters import ad
 from jax.sharding import NamedSharding
 
 from jbn._op import xla, xla_cpu
-from jbn._op.dispatch import may_use_kernels
 from jbn._op.merging import Statistics, merge_across
 from jbn._op.plan import Plan, known_count
 from jbn._op.primitive import primitive
@@ -33,21 +32,23 @@ def _tangent_transpose(cotangents, *flat, tree, plan):
     x, coef, residual, mask, moved = tree.unflatten(flat)
     (dy,) = cotangents
     wanted = [m is not None and ad.is_undefined_primal(m) for m in moved]
-    dx = dscale = dbias = dresidual = None
+    dx = dscale = dbias = dresidual = kept = None
     if type(dy) is not ad.Zero:
         sums = ()
         if wanted[1] or wanted[2] or ((wanted[0] or wanted[3]) and plan.centred):
-            if residual is not None and plan.activation and may_use_kernels(plan, x):
-                # z̄ is the residual's cotangent, and of ȳ, residual and activation all that x̄ needs
-                *sums, dy = gradient_sums_keeping(plan, x, coef, residual, mask, dy)
-                plan, residual, dresidual = plan._replace(activation=None), None, dy
+            if residual is not None and plan.activation and plan.implementation != "xla":
+                # z̄ is the residual's cotangent, and of ȳ, residual and activation all that x̄ needs: kernels keep it;
+                # for XLA, which is chosen later if at all, it is dead code, as that computes it anew for nothing
+                *sums, kept = gradient_sums_keeping(plan, x, coef, residual, mask, dy)
             else:
                 sums = gradient_sums(plan, x, coef, residual, mask, dy)
             dbias, dscale = sums
-        if wanted[0] or (wanted[3] and dresidual is None):
+        if wanted[0] or (wanted[3] and kept is None):
             sums = add_across(tuple(sums), plan.sync)
-            dx, *rest = gradient_input(plan, x, coef, residual, mask, dy, sums)
-            dresidual = rest[0] if rest else dresidual
+            dx, *rest = gradient_input(plan, x, coef, residual, mask, dy, sums, kept)
+            dresidual = rest[0] if rest else None
+        else:
+            dresidual = kept
     found = zip((dx, dscale, dbias, dresidual), moved, wanted, strict=True)
     linear = [_typed(value, m) if want else None for value, m, want in found if m is not None]
     # one entry per operand: None for those the map is not linear in
@@ -67,7 +68,13 @@ apply = primitive("apply", xla.apply, derivative=xla.apply_masked, kernel=True)
 gradient_sums = primitive(
     "gradient_sums", xla.gradient_sums, combine=_add_devices, cpu=xla_cpu.gradient_sums, kernel=True
 )
-gradient_sums_keeping = primitive("gradient_sums_keeping", xla.gradient_sums_keeping, combine=_add_devices, kernel=True)
+gradient_sums_keeping = primitive(
+    "gradient_sums_keeping",
+    xla.gradient_sums_keeping,
+    combine=_add_devices,
+    cpu=xla_cpu.gradient_sums_keeping,
+    kernel=True,
+)
 gradient_input = primitive("gradient_input", xla.gradient_input, kernel=True)
 tangent = primitive("tangent", xla.tangent, transpose=_tangent_transpose)
 _merge = primitive("merge", _merge_members, shared=True)

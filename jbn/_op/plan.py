@@ -9,6 +9,19 @@ import jax.numpy as jnp
 from jbn._op.sync import Sync
 
 
+class Options(NamedTuple):
+    """What of a batch norm not all of its pieces see, and measurements of it go by."""
+
+    activation: str | None
+    residual: str | None  # its dtype
+    mask: tuple[int, ...] | None  # the axes that it varies along, counted from the last, below 0
+
+    @classmethod
+    def of(cls, activation, residual, mask) -> "Options":
+        varies = None if mask is None else tuple(a - mask.ndim for a, n in enumerate(mask.shape) if n != 1)
+        return cls(activation, None if residual is None else residual.dtype.name, varies)
+
+
 class Plan(NamedTuple):
     """What is fixed at tracing; hashable."""
 
@@ -20,7 +33,8 @@ class Plan(NamedTuple):
     dtype: jnp.dtype  # of y
     sync: Sync
     sharded: bool  # whether `jit` may have split x over devices, by rules of our own
-    implementation: str | None  # "triton": kernels, or an error; else plain XLA
+    implementation: str | None  # "triton": kernels, or an error; "xla"; None for what measurements say
+    options: Options | None = None  # of the batch norm that a piece is of, if it is of one
 
     def batched(self, name) -> "Plan":
         """The plan once a vmap, of an axis called `name` or None, has put one more batch axis in front."""

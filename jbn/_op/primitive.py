@@ -9,9 +9,10 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, mlir
 
 from jbn._op import dispatch
-from jbn._op.gpu import GPUS, INSTALL
+from jbn._op.gpu import GPUS, INSTALL, gpu
 from jbn._op.jax_internals import (
     batch_by_name,
+    device_count,
     is_exported,
     is_own,
     lower_with_devices,
@@ -129,39 +130,49 @@ def _lower(made: _Definition, ctx, *values, tree, plan: Plan):
             f"implementation='triton' needs a CUDA or ROCm GPU, and this is compiled for {', '.join(platforms(ctx))}: "
             f"use implementation='xla', or None, which works on every device; for a GPU, {INSTALL}"
         )
-    return _lower_as(made, made.reference, ctx, *values, tree=tree, plan=plan)
+    return _lower_as(made, made.reference, ctx, values, tree, plan)
 
 
 def _lower_for_cpu(made: _Definition, ctx, *values, tree, plan: Plan):
     # it cuts x, at known places, which XLA would move between devices that it splits x over by itself
     if plan.implementation == "triton" or not _splits(ctx, plan) or is_symbolic(ctx.avals_in[0].shape):
         return _lower(made, ctx, *values, tree=tree, plan=plan)
-    return _lower_as(made, made.cpu, ctx, *values, tree=tree, plan=plan)
+    return _lower_as(made, made.cpu, ctx, values, tree, plan)
 
 
 def _lower_for_gpu(made: _Definition, platform: str, ctx, *values, tree, plan: Plan):
-    wins = dispatch.WINS  # the table of this moment, also where the compiler asks later
+    operands = jax.tree.unflatten(tree, ctx.avals_in)
+    x, by_default = operands[0], plan.implementation is None
+    lower_as = partial(_lower_as, made, ctx=ctx, values=values, tree=tree, plan=plan)
+    if plan.implementation == "xla" or (by_default and not _divides(ctx, plan)):
+        return lower_as(made.reference)
+    watch = dispatch.watch.get() if by_default else None
+    if watch is not None and _asks(ctx, plan):
+        return lower_as(watch.noting(made.name, made.reference), uneven=made.reference, basis=watch.name)
+    if watch is not None:
+        watch.note(made.name, plan, _own_part(x))
+        return lower_as(made.reference)
+    measured = dispatch.Measured.on(gpu(platform).kind)  # at this moment, also where the compiler asks later
 
     def chosen(plan, *operands):
         # by what these are: inside a split, a device's part
-        triton = dispatch.choose(made.name, plan, platform, *operands, wins=wins).implementation == "triton"
+        choice = dispatch.choose(made.name, plan, platform, *operands, measured=measured)
+        triton = choice.implementation == "triton"
         return (dispatch.kernels(made.name, platform) if triton else made.reference)(plan, *operands)
 
-    operands = jax.tree.unflatten(tree, ctx.avals_in)
     if plan.implementation == "triton":
         dispatch.choose(made.name, plan, platform, *operands)  # raises here, not while the compiler splits
-    by_default = plan.implementation is None
-    if not dispatch.may_use_kernels(plan, operands[0]) or (by_default and not _divides(ctx, plan)):
-        return _lower_as(made, made.reference, ctx, *values, tree=tree, plan=plan)
-    uneven, basis = made.reference if by_default else chosen, dispatch.basis(platform, wins)
-    return _lower_as(made, chosen, ctx, *values, tree=tree, plan=plan, uneven=uneven, basis=basis)
+    elif not dispatch.may_use_kernels(made.name, plan, x, measured):
+        return lower_as(made.reference)
+    uneven, basis = made.reference if by_default else chosen, dispatch.basis(made.name, plan, platform, x, measured)
+    return lower_as(chosen, uneven=uneven, basis=basis)
 
 
 def _lower_as(
     made: _Definition,
     function: Callable,
     ctx,
-    *values,
+    values,
     tree,
     plan: Plan,
     uneven: Callable | None = None,
@@ -178,7 +189,8 @@ def _lower_as(
     padded = partial(_run, uneven or function, tree=tree, plan=plan)
     local = split(local, padded, merge, plan, ctx.avals_in[0].sharding)
     out = mlir.lower_fun(local, multiple_results=True)(ctx, *values)
-    parts = (made.name, function.__module__, function.__qualname__, plan, tree, basis)
+    unmeasured = plan._replace(options=None)  # of these `basis` has what matters
+    parts = (made.name, function.__module__, function.__qualname__, unmeasured, tree, basis)
     name_partitioning(ctx, out, lambda mesh, compiled_for: identity(*parts, mesh, compiled_for))
     return out
 
@@ -197,6 +209,16 @@ def _divides(ctx, plan) -> bool:
     What is exported may run on any number of devices, and on another GPU than kernels are compiled for.
     """
     return (is_own(ctx) or _splits(ctx, plan)) and not is_exported(ctx)
+
+
+def _asks(ctx, plan) -> bool:
+    """Whether it is the compiler that says what of x a device has."""
+    return device_count(ctx) > 1 and _splits(ctx, plan) and not is_explicit(ctx.avals_in[0].sharding)
+
+
+def _own_part(x) -> jax.ShapeDtypeStruct:
+    """What of x a device has where an explicit mesh splits it."""
+    return jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape) if is_explicit(x.sharding) else x.shape, x.dtype)
 
 
 def _to_front(value: jax.Array, dim: int | None, size: int) -> jax.Array:

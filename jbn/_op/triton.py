@@ -75,7 +75,9 @@ def launches_of(name: str, plan: Plan, device: Device, x, *operands) -> list:
     outputs = jax.eval_shape(functools.partial(globals()[name], plan, runner=recorder), x, *operands)
     large = {"x": x, "y": outputs[0], "dx": outputs[0], "dz": outputs[-1]}
     if name != "moments":
-        large |= {"residual": operands[1], "dy": operands[3] if len(operands) > 3 else None}
+        _, residual, *rest = operands
+        dy, kept = (rest[i] if len(rest) > i else None for i in (1, 3))
+        large |= {"residual": residual, "dy": dy} if kept is None else {"dy": kept}
     sizes = {k: jnp.dtype(v.dtype).itemsize for k, v in large.items() if v is not None}
     return [(launch, *traffic(launch, _view(plan, x.shape), sizes)) for launch in recorder.launches]
 
@@ -144,8 +146,14 @@ def _gradient_sums(plan, x, coef, residual, mask, dy, kept, runner):
     return _vector(plan, x, total), _vector(plan, x, product), dz.reshape(x.shape) if kept else dz
 
 
-def gradient_input(plan: Plan, x, coef: Coefficients, residual, mask, dy, sums, *, runner):
-    """x̄ = scale · rstd · (z̄ − [mask] · (Σz̄ + x̂ · Σz̄x̂) / count), and z̄ behind it where there is a residual."""
+def gradient_input(plan: Plan, x, coef: Coefficients, residual, mask, dy, sums, kept=None, *, runner):
+    """x̄ = scale · rstd · (z̄ − [mask] · (Σz̄ + x̂ · Σz̄x̂) / count), and z̄ behind it where there is a residual.
+
+    z̄ where it was `kept` is all that is read beside x and mask.
+    """
+    if kept is not None:
+        straight = plan._replace(activation=None)
+        return *gradient_input(straight, x, coef, None, mask, kept, sums, runner=runner), kept
     view = _view(plan, x.shape)
     mask, geometry = _mask(plan, view, x.shape, mask)
     problem = _problem(plan, view, x, geometry, coef, residual)

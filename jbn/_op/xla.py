@@ -117,11 +117,15 @@ def gradient_sums_keeping(plan: Plan, x, coef: Coefficients, residual, mask, dy)
     map_ = _map(plan, x, coef)
     centred = _centred(x, map_, mask)
     dz = _through_activation(plan, _seen(x, dy, mask), centred, map_, coef, residual, mask)
-    return *gradient_sums(plan._replace(activation=None), x, coef, None, mask, dz), dz.astype(residual.dtype)
+    return *gradient_sums(plan, x, coef, residual, mask, dy), dz.astype(residual.dtype)
 
 
-def gradient_input(plan: Plan, x, coef: Coefficients, residual, mask, dy, sums):
-    """x̄ = scale · rstd · (z̄ − [mask] · (Σz̄ + x̂ · Σz̄x̂) / count), and z̄ behind it where there is a residual."""
+def gradient_input(plan: Plan, x, coef: Coefficients, residual, mask, dy, sums, kept=None):
+    """x̄ = scale · rstd · (z̄ − [mask] · (Σz̄ + x̂ · Σz̄x̂) / count), and z̄ behind it where there is a residual.
+
+    z̄ is computed here, whether or not it was `kept`.
+    """
+    del kept
     map_ = _map(plan, x, coef)
     dy = _seen(x, dy, mask)
     centred = _centred(x, map_, mask)

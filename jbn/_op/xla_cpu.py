@@ -60,6 +60,12 @@ def gradient_sums(plan: Plan, x, coef: Coefficients, residual, mask, dy):
     return total, product * jnp.squeeze(rstd, (plan.batch, plan.batch + 1))
 
 
+def gradient_sums_keeping(plan: Plan, x, coef: Coefficients, residual, mask, dy):
+    """`gradient_sums`, and z̄ in the residual's dtype behind them."""
+    *_, dz = xla.gradient_sums_keeping(plan, x, coef, residual, mask, dy)
+    return *gradient_sums(plan, x, coef, residual, mask, dy), dz
+
+
 def _parts(plan: Plan, x, numbers: Iterable[int]) -> int | None:
     """How many parts rows are cut into, if that can be and is worth it."""
     count = row_count(plan, x)

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jbn
-from jbn._op import dispatch, pieces
+from jbn._op import dispatch
 from jbn._op.gpu import Device
 from jbn._op.plan import Plan
 from jbn._op.sync import Sync
@@ -138,7 +138,7 @@ OBSTACLES = {name: rest for name, *rest in obstacles()}
 def test_obstacle(name, measured, monkeypatch):
     """Asked for by name, kernels that cannot run raise; the default falls back, and says why."""
     patches, operands, said = OBSTACLES[name]
-    monkeypatch.setattr(dispatch, "measured", lambda *_: WIN)
+    monkeypatch.setattr(dispatch, "covering", lambda *_: WIN)
     for attribute, value in patches.items():
         monkeypatch.setattr(dispatch, attribute, value)
     choice = dispatch.choose("moments", PLAN, "cuda", *operands)
@@ -247,9 +247,8 @@ def test_other_platforms_raise(platform):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_kept_cotangent_over_devices(devices, kind, monkeypatch):
+def test_kept_cotangent_over_devices(devices, kind):
     """The backward of a fused residual where kernels may run: the same sharded as alone, in one all-reduce."""
-    monkeypatch.setattr(pieces, "may_use_kernels", lambda *_: True)
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind,) * 2, devices=devices)
     params, state = jbn.bn_init(6)
     x, residual, dy = (jax.random.normal(jax.random.key(i), (8, 4, 6)) for i in range(3))

@@ -24,6 +24,6 @@ def files(tmp_path_factory):
 def test_wheel(files):
     packages = {name.split("/")[0] for name in files}
     assert len(packages) == 2 and "jbn" in packages, "the package and its metadata, no top-level kernels"
-    for name in ("jbn/py.typed", "jbn/kernels/moments.py", "jbn/linen.py", "jbn/nnx.py"):
+    for name in ("jbn/py.typed", "jbn/kernels/moments.py", "jbn/linen.py", "jbn/nnx.py", "jbn/_op/measured/README.md"):
         assert name in files
     assert any(name.endswith("LICENSE") for name in files)
