@@ -14,10 +14,10 @@ from jbn._functions import checks
 from jbn._functions.renorm import Renorm, check_renorm, corrected
 from jbn._functions.virtual import Virtual, check_virtual, each
 from jbn._op.merging import Statistics, pool_along
-from jbn._op.normalize import Learned, Running, normalize_eval, normalize_train
+from jbn._op.normalize import Running, Terms, normalize_eval, normalize_train
 from jbn._op.partition import beside
 from jbn._op.pieces import synchronise
-from jbn._op.plan import Options, Plan, choose, compute_dtype
+from jbn._op.plan import Options, Plan, compute_dtype, where
 from jbn._op.sync import Sync, splittable
 
 Activation = Literal["relu", "relu6", "leaky_relu", "silu", "hard_swish"]
@@ -130,10 +130,10 @@ def bn_train(
 
     Source: Ioffe, Szegedy (2015), Batch Normalization, algorithm 1 (https://arxiv.org/abs/1502.03167).
     """
-    plan, x, learned = _prepare(params, state, x, axis, epsilon, residual, activation, dtype, implementation)
+    plan, x, terms = _prepare(params, state, x, axis, epsilon, residual, activation, dtype, implementation)
     plan = plan._replace(centred=True)
     mask = checks.check_mask(mask, x)
-    plan = plan._replace(options=Options.of(activation, learned.residual, mask))
+    plan = plan._replace(options=Options.of(activation, terms.residual, mask))
     momentum = checks.check_between("momentum", momentum, 0, 1)
     sync = checks.check_names(axis_name, axis_index_groups)
     virtual = check_virtual(virtual_batch_size, x, plan.channel, sync)
@@ -142,15 +142,15 @@ def bn_train(
 
     renorm = check_renorm(renorm)
 
-    def normalize(plan, x, learned, mask):
+    def normalize(plan, x, terms, mask):
         if renorm is not None:
-            learned = corrected(renorm, plan, x, learned, mask, running)
-        return normalize_train(plan, x, learned, mask, running)
+            terms = corrected(renorm, plan, x, terms, mask, running)
+        return normalize_train(plan, x, terms, mask, running)
 
     if virtual is None:
-        y, seen = normalize(plan._replace(sync=sync), x, learned, mask)
+        y, seen = normalize(plan._replace(sync=sync), x, terms, mask)
     else:
-        y, seen = _normalize_virtual(normalize, plan, virtual, sync, x, learned, mask)
+        y, seen = _normalize_virtual(normalize, plan, virtual, sync, x, terms, mask)
     return y, _moved(state, seen, momentum, unbiased)
 
 
@@ -172,13 +172,13 @@ def bn_eval(
 
     Source: Ioffe, Szegedy (2015), Batch Normalization, algorithm 2 (https://arxiv.org/abs/1502.03167).
     """
-    plan, x, learned = _prepare(params, state, x, axis, epsilon, residual, activation, dtype, implementation)
-    return normalize_eval(plan, x, learned, _running(plan, state, x))
+    plan, x, terms = _prepare(params, state, x, axis, epsilon, residual, activation, dtype, implementation)
+    return normalize_eval(plan, x, terms, _running(plan, state, x))
 
 
 def _prepare(
     params, state, x, axis, epsilon, residual, activation, dtype, implementation
-) -> tuple[Plan, jax.Array, Learned]:
+) -> tuple[Plan, jax.Array, Terms]:
     """What training and inference share: checked arguments, vectors in the dtype of the arithmetic."""
     x = checks.check_input(x)
     channel = checks.check_axis(axis, x)
@@ -197,13 +197,13 @@ def _prepare(
         activation=activation,
         dtype=dtype,
         sync=Sync(),
-        sharded=splittable(),
+        may_partition=splittable(),
         implementation=implementation,
         options=Options.of(activation, residual, None),
     )
     kind = compute_dtype(x.dtype)
     scale, bias = (None if v is None else beside(jnp.asarray(v).astype(kind), x, channel) for v in params)
-    return plan, x, Learned(scale, bias, residual, jnp.asarray(epsilon).astype(kind)[None])
+    return plan, x, Terms(scale, bias, residual, jnp.asarray(epsilon).astype(kind)[None])
 
 
 def _running(plan: Plan, state: BNState, x) -> Running:
@@ -211,20 +211,20 @@ def _running(plan: Plan, state: BNState, x) -> Running:
 
 
 def _normalize_virtual(
-    normalize: Callable, plan: Plan, virtual: Virtual, sync: Sync, x, learned: Learned, mask
+    normalize: Callable, plan: Plan, virtual: Virtual, sync: Sync, x, terms: Terms, mask
 ) -> tuple[jax.Array, Statistics]:
     """y, each virtual batch normalised by itself, and the moments of all of them."""
     if virtual.members > 1:
-        y, seen = normalize(plan._replace(sync=virtual.sync), x, learned, mask)
+        y, seen = normalize(plan._replace(sync=virtual.sync), x, terms, mask)
         if virtual.sync == sync:
             return y, seen
         share = seen._replace(count=seen.count / virtual.members)
         return y, synchronise(plan._replace(sync=sync), share)
 
     def of_one(x, residual, mask):
-        return normalize(plan._replace(sharded=splittable()), x, learned._replace(residual=residual), mask)
+        return normalize(plan._replace(may_partition=splittable()), x, terms._replace(residual=residual), mask)
 
-    y, seen = each(of_one, virtual, x, learned.residual, mask, plan.implementation)
+    y, seen = each(of_one, virtual, x, terms.residual, mask, plan.implementation)
     return y, synchronise(plan._replace(sync=sync), pool_along(jax.tree.map(lax.stop_gradient, seen)))
 
 
@@ -241,6 +241,6 @@ def _moved(state: BNState, seen: Statistics, momentum, unbiased: bool) -> BNStat
         return lax.stop_gradient(mixed.astype(old.dtype))
 
     def weighted(weight, value):
-        return choose(weight > 0, weight * value, 0)  # what has no weight may be NaN or inf
+        return where(weight > 0, weight * value, 0)  # what has no weight may be NaN or inf
 
     return BNState(move(state.mean, seen.mean), move(state.var, seen.variance(unbiased)))

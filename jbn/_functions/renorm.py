@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jbn._functions.checks import check_between
-from jbn._op.normalize import Learned, Running
+from jbn._op.normalize import Running, Terms
 from jbn._op.pieces import local_moments, synchronise
-from jbn._op.plan import Plan, choose
+from jbn._op.plan import Plan, where
 
 
 class Renorm(NamedTuple):
@@ -54,17 +54,17 @@ def check_renorm(renorm: Renorm | None) -> Renorm | None:
     return None if known and r_max == 1 and d_max == 0 else Renorm(r_max, d_max)
 
 
-def corrected(renorm: Renorm, plan: Plan, x: jax.Array, learned: Learned, mask, running: Running) -> Learned:
+def corrected(renorm: Renorm, plan: Plan, x: jax.Array, terms: Terms, mask, running: Running) -> Terms:
     """The scale and bias that make r · x̂ + d of x̂; `jit` computes the statistics once, for this and for x̂."""
     seen = synchronise(plan, local_moments(plan, lax.stop_gradient(x), mask))
     some = jnp.asarray(seen.count) > 0  # where nothing is seen, r = 1 and d = 0
-    mean, var = choose(some, seen.mean, running.mean), choose(some, seen.variance(), running.var)
-    std, running_std = (jnp.sqrt(v + learned.epsilon) for v in (var, running.var))
+    mean, var = where(some, seen.mean, running.mean), where(some, seen.variance(), running.var)
+    std, running_std = (jnp.sqrt(v + terms.epsilon) for v in (var, running.var))
     r_max, d_max = (jnp.asarray(v).astype(std.dtype) for v in renorm)
     # without room for a correction there is none, even where the state is NaN
-    r = choose(r_max > 1, jnp.clip(std / running_std, 1 / r_max, r_max), 1)
-    d = choose(d_max > 0, jnp.clip((mean - running.mean) / running_std, -d_max, d_max), 0)
+    r = where(r_max > 1, jnp.clip(std / running_std, 1 / r_max, r_max), 1)
+    d = where(d_max > 0, jnp.clip((mean - running.mean) / running_std, -d_max, d_max), 0)
     r, d = lax.stop_gradient((r, d))
-    scale, bias = learned.scale, learned.bias
+    scale, bias = terms.scale, terms.bias
     shift = d if scale is None else scale * d
-    return learned._replace(scale=r if scale is None else scale * r, bias=shift if bias is None else bias + shift)
+    return terms._replace(scale=r if scale is None else scale * r, bias=shift if bias is None else bias + shift)

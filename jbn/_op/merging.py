@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from jbn._op.plan import choose
+from jbn._op.plan import where
 from jbn._op.sync import Sync, add_across, gather, members_along, to_members
 
 Part = TypeVar("Part")
@@ -99,7 +99,7 @@ def pool_along(parts: Statistics) -> Statistics:
     count = jnp.sum(parts.count, 0, keepdims=True)
     lowest = float(jnp.finfo(parts.mean.dtype).min)  # finite, for those who debug infinities
     pivot = jnp.max(parts.mean, 0, keepdims=True, where=parts.count > 0, initial=lowest)
-    pivot = choose(pivot > lowest, pivot, 0)  # none; not by the count, whose sum can then travel with the next one
+    pivot = where(pivot > lowest, pivot, 0)  # none; not by the count, whose sum can then travel with the next one
     size = jnp.maximum(count, 1)
     mean = pivot + jnp.sum(parts.count * (parts.mean - pivot), 0, keepdims=True) / size
     share, off = parts.count / size, parts.mean - mean
@@ -140,10 +140,10 @@ def merge_two(a: Moments, b: Moments) -> Moments:
     count = a.count + b.count
     weight = b.count / (count or 1 if isinstance(count, int | float) else jnp.where(count > 0, count, 1))
     only_a, only_b = b.count == 0, a.count == 0
-    delta = choose(only_a | only_b, jnp.zeros_like(a.mean), b.mean - a.mean)
+    delta = where(only_a | only_b, jnp.zeros_like(a.mean), b.mean - a.mean)
 
     def pick(of_a, of_b, of_both):
-        return choose(only_b, of_b, choose(only_a, of_a, of_both))
+        return where(only_b, of_b, where(only_a, of_a, of_both))
 
     mean = pick(a.mean, b.mean, a.mean + delta * weight)
     m2 = pick(a.m2, b.m2, a.m2 + b.m2 + (delta * a.count) * (delta * weight))

@@ -32,7 +32,7 @@ class Plan(NamedTuple):
     activation: str | None
     dtype: jnp.dtype  # of y
     sync: Sync
-    sharded: bool  # whether `jit` may have split x over devices, by rules of our own
+    may_partition: bool  # whether `jit` may split x over devices, by rules of our own
     implementation: str | None  # "triton": kernels, or an error; "xla"; None for what measurements say
     options: Options | None = None  # of the batch norm that a piece is of, if it is of one
 
@@ -93,7 +93,7 @@ def is_explicit(sharding) -> bool:
     return any(entry is not None for entry in sharding.spec)
 
 
-def choose(condition, value, otherwise):
+def where(condition, value, otherwise):
     """`jnp.where`, over an explicit mesh too, where it asks that all three are sharded alike: as `value` is."""
     sharding = jax.typeof(value).sharding
     if is_explicit(sharding):

@@ -200,7 +200,7 @@ def _splits(ctx, plan) -> bool:
 
     Over an automatic mesh they call back into this process, which exported code cannot: there XLA splits by itself.
     """
-    return plan.sharded and (is_explicit(ctx.avals_in[0].sharding) or not is_exported(ctx))
+    return plan.may_partition and (is_explicit(ctx.avals_in[0].sharding) or not is_exported(ctx))
 
 
 def _divides(ctx, plan) -> bool:

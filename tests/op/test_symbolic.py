@@ -209,7 +209,7 @@ def test_kernels_are_for_sizes_that_are_known(monkeypatch):
     monkeypatch.setattr(dispatch, "WINS", (dispatch.Win("", "float32", "last", 0, "a test"),))
     jax.clear_caches()
     (x,) = scoped("n, 3")
-    plan = Plan(1, 0, 1, True, None, jnp.dtype("float32"), Sync(), sharded=True, implementation=None)
+    plan = Plan(1, 0, 1, True, None, jnp.dtype("float32"), Sync(), may_partition=True, implementation=None)
     assert dispatch.choose("moments", plan, "cuda", x, None).implementation == "xla"
     params, state = jbn.bn_init(3)
 
