@@ -1,7 +1,10 @@
 """`autotune`: what it finds in a program, how it measures it, and what None makes of the outcome."""
 
 import functools
+import os
 import re
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -323,3 +326,81 @@ def test_bad_arguments(launched, tuned, tmp_path):
 def test_without_a_gpu():
     with pytest.raises(RuntimeError, match="autotune needs a GPU, and JAX's default here is cpu: call it where f is"):
         jbn.autotune(train, X)
+
+
+PROCESS = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+import jbn
+from jbn._functions import autotune_measure as measuring
+from jbn._op.tables import Row, Times
+
+autotune = sys.modules["jbn._functions.autotune"]
+autotune.default_platform = lambda: "cuda"
+
+def measure(norms, progress):
+    assert jax.process_index() == 0
+    return [Row(norm, Times(1, 2), None, None, "2026-01-02", "") for norm in norms]
+
+autotune.measure = measure
+def f(x):
+    return jbn.bn_train(*jbn.bn_init(8), x)[0]
+
+class Lowered:  # for CUDA, which is not here
+    def __call__(self, x):
+        return f(x)
+
+    def lower(self, x):
+        return jax.jit(f).trace(x).lower(lowering_platforms=("cuda",))
+
+x = np.ones((4, 8), np.float32)
+def tell():
+    print(jbn.explain(x, platform="cuda").reason)
+
+tell()
+print(jbn.autotune(Lowered(), x).measured)
+tell()
+try:
+    jbn.autotune(Lowered(), x, path=sys.argv[3])
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_two_processes_go_by_what_the_first_measured(tmp_path):
+    """Each has a cache folder of its own, and what is in the second's does not count."""
+    folders = [tmp_path / name / "jbn" for name in ("first", "second")]
+    file = tmp_path / "file"
+    file.touch()
+    norm = Norm((4, 8), 1, 0, "float32", "float32", None, None, None, True)
+    row = autotune.Row(norm, Times(1, 9), None, None, "2025-01-01", "")
+    folders[1].mkdir(parents=True)
+    tables.write(folders[1] / "nvidia-h100.json", "NVIDIA H100", [row])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, address, str(index), str(file / "below")],
+            cwd=ROOT,
+            env=os.environ | {"XDG_CACHE_HOME": str(folder.parent), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for index, folder in enumerate(folders)
+    ]
+    try:
+        printed = [process.communicate(timeout=120)[0].splitlines() for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0, 0]
+    told = [[line for line in lines if "Gloo" not in line] for lines in printed]
+    nothing = "no measurement shows the kernels ahead for float32, channels last, 0.000128 MB on NVIDIA H100"
+    assert told[0][0] == nothing
+    assert told[1][0].startswith(f"{nothing}: the row in {folders[1]}/nvidia-h100.json is left out, as the 2 processes")
+    agreed = "measured forward 2.00× as fast by kernels as by XLA, row 4×8 float32 of "
+    for _, measured, reason, error in told:
+        assert (measured, reason) == ("1", f"{agreed}{folders[0]}/nvidia-h100.json, 2026-01-02")
+        assert re.match("autotune failed in the first process: ValueError: path is '.*below', where no file", error)

@@ -246,6 +246,35 @@ def test_other_platforms_raise(platform):
         kernels(train("triton"), PARAMS, X, X, platform=platform)
 
 
+def fused(implementation):
+    def f(params, x, residual):
+        return jbn.bn_train(params, STATE, x, residual=residual, activation="relu", implementation=implementation)
+
+    def step(params, x, residual, dy):
+        y, vjp, state = jax.vjp(f, params, x, residual, has_aux=True)
+        return y, state, vjp(dy)
+
+    return step
+
+
+def test_tracing_asks_no_measurement(monkeypatch):
+    """Lowering alone does, so that whatever was traced before goes by new rows."""
+    monkeypatch.setattr(dispatch.tables, "of", lambda kind: pytest.fail("asked for measurements"))
+    traced = jax.jit(fused(None)).trace(PARAMS, X, X, X)
+    assert "jbn_gradient_sums_keeping" in str(traced.jaxpr)
+    with pytest.raises(pytest.fail.Exception, match="asked for measurements"):
+        traced.lower(lowering_platforms=("cuda",))
+
+
+def test_what_kernels_may_keep_costs_xla_nothing():
+    """The same work and memory as where there is no choice."""
+    found = []
+    for implementation in (None, "xla"):
+        compiled = jax.jit(fused(implementation)).lower(PARAMS, X, X, X).compile()
+        found.append((compiled.cost_analysis()["bytes accessed"], compiled.memory_analysis().temp_size_in_bytes))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_kept_cotangent_over_devices(devices, kind):
     """The backward of a fused residual where kernels may run: the same sharded as alone, in one all-reduce."""
