@@ -46,12 +46,12 @@ def match(
 
     Layers may be one that are of a kind and have equal shapes, once they are Flax's. Of several the order decides:
     PyTorch's is that of definition, in which a state_dict is; of Flax's siblings whose names differ by a number alone
-    (`Conv_0` and `Conv_1`, `blocks[0]` and `blocks[1]`), and of all in them, the smaller number is first. (Linen numbers
-    layers as they are constructed: in `nn.Dense(4)(nn.Dense(4)(x))` the outer one is first.) Where order leaves several,
-    layers are drawn to those that are known and stand in one module with them: of Flax's, if PyTorch defines its layers
-    one after another, or of PyTorch's, if Flax has its layers in one. Last, names decide, where two are more alike than
-    either is like any other that is left. Nothing else is guessed. A dense layer right behind a convolution or norm of C
-    channels, with C times a square number of inputs, is taken to see flattened feature maps.
+    (`Conv_0` and `Conv_1`, `blocks[0]` and `blocks[1]`), and of all in them, the smaller number is first. (Linen
+    numbers layers as they are constructed: in `nn.Dense(4)(nn.Dense(4)(x))` the outer one is first.) Where order
+    leaves several, layers are drawn to those that are known and stand in one module with them: of Flax's, if PyTorch
+    defines its layers one after another, or of PyTorch's, if Flax has its layers in one. Last, names decide, where two
+    are more alike than either is like any other that is left. Nothing else is guessed. A dense layer right behind a
+    convolution or norm of C channels, with C times a square number of inputs, is taken to see flattened feature maps.
 
     Usage:
 

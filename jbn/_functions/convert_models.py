@@ -198,7 +198,7 @@ def _trees(kind: str) -> tuple[dict[Any, Any], dict[Any, Any]]:
     return params, params if kind == "nnx" else {}
 
 
-def _put(tree: dict[Any, Any], path: Sequence[str | int], value: dict[str, Any]) -> None:
+def _put(tree: dict[Any, Any], path: Sequence[str | int], value: dict[Any, Any]) -> None:
     if value:
         for name in path:
             tree = tree.setdefault(name, {})
