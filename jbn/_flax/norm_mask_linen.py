@@ -32,7 +32,7 @@ def norm_mask(params: Mapping[str, Any]) -> Any:
         raise TypeError(f"params is a {type(params).__name__}, expected a mapping: give variables['params']")
     if "params" in params:
         raise ValueError(f"params has the entries {', '.join(params)}, as variables have: give variables['params']")
-    mask = _mask(unfreeze(params))
+    mask = _mask(unfreeze(params) if isinstance(params, FrozenDict) else params)
     if not any(jax.tree.leaves(mask)):
         raise ValueError(
             f"params, of {', '.join(list(params)[:5])}, have no norm, a module of scale and bias alone: there is "

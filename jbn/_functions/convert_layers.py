@@ -167,11 +167,16 @@ def _complement(momentum: float) -> float:
     return round(1 - momentum, 15)  # 1 − 0.9 is not the float 0.1
 
 
-def array(value: Any):
-    """A tensor or array as JAX's, half precision as float32; tensors have methods, so that torch is not imported."""
+def numpy(value: Any) -> np.ndarray:
+    """Of a tensor or array; tensors have methods, so that torch is not imported."""
     if hasattr(value, "detach"):
         value = value.detach().cpu()
         if str(value.dtype) == "torch.bfloat16":  # NumPy has none
             value = value.float()
-    found = jnp.asarray(np.asarray(value))
+    return np.asarray(value)
+
+
+def array(value: Any):
+    """A tensor or array as JAX's, half precision as float32."""
+    found = jnp.asarray(numpy(value))
     return found.astype(jnp.float32) if found.dtype in (jnp.float16, jnp.bfloat16) else found
