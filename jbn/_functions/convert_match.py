@@ -1,5 +1,7 @@
 """Which layer of a Flax model is which of a PyTorch model: by kind and shape, by order, by names, or not at all."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from itertools import chain, pairwise
 from math import isqrt
