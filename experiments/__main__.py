@@ -8,8 +8,10 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
+from typing import cast
 
 from experiments.framework import catalog
+from experiments.framework.experiment import Job, Study
 from experiments.framework.record import MissingPackage, Options, Results
 
 MAIN_JOB = "digits"
@@ -76,7 +78,7 @@ def restart_with(variables: dict[str, str]) -> None:
 
 def execute(name: str, entry: catalog.Entry, options: Options) -> int:
     """Runs an experiment and saves what it found, all of it or what was finished; returns the exit status."""
-    experiment = catalog.load(entry)
+    experiment = cast(Job, catalog.load(entry))
     restart_with(getattr(experiment, "ENVIRONMENT", {}))
     import jax
     from rich.console import Console
@@ -106,7 +108,7 @@ def investigate(name: str, entry: catalog.Entry, options: Options) -> int:
 
     Interrupted, it writes no verdict: the parts that are finished are kept, and the same command goes on there.
     """
-    experiment = catalog.load(entry)
+    experiment = cast(Study, catalog.load(entry))
     from rich.console import Console
 
     from experiments.framework import study

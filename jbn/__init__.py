@@ -8,11 +8,10 @@ from jbn._functions.autotune import autotune
 from jbn._functions.autotune_table import Tuning
 from jbn._functions.batch_norm import BNParams, BNState, bn_eval, bn_init, bn_train
 from jbn._functions.explain import Explanation, explain
-from jbn._functions.folding import fold, fold_after
+from jbn._functions.folding import fold_into_next, fold_into_previous
 from jbn._functions.inverse import denormalize, identity_params
-from jbn._functions.moments import Moments, merge, moments
-from jbn._functions.population import population_state
-from jbn._functions.renorm import brn_train
+from jbn._functions.moments import Moments, merge, moments, population_state
+from jbn._functions.renorm import Renorm
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,17 +19,17 @@ __all__ = [
     "BNState",
     "Explanation",
     "Moments",
+    "Renorm",
     "Tuning",
     "autotune",
     "bn_eval",
     "bn_init",
     "bn_train",
-    "brn_train",
     "convert",
     "denormalize",
     "explain",
-    "fold",
-    "fold_after",
+    "fold_into_next",
+    "fold_into_previous",
     "identity_params",
     "merge",
     "moments",

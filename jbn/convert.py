@@ -12,15 +12,17 @@ how it moves on, which `unbiased` says to `bn_train`.
 """
 
 from jbn._functions.convert_layers import Layer, from_keras, from_torch, to_keras, to_torch
-from jbn._functions.convert_models import model_from_torch, model_to_torch, resnet50_names
+from jbn._functions.convert_match import Match, match
+from jbn._functions.convert_models import model_from_torch, model_to_torch
 
 __all__ = [
     "Layer",
+    "Match",
     "from_keras",
     "from_torch",
+    "match",
     "model_from_torch",
     "model_to_torch",
-    "resnet50_names",
     "to_keras",
     "to_torch",
 ]

@@ -13,22 +13,25 @@ Usage:
     y, updates = block.apply(variables, x, train=True, mutable=["batch_stats"])
 """
 
-import inspect
+from contextlib import AbstractContextManager
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jbn import BNParams, BNState, bn_eval
+from jbn import BNParams, BNState
+from jbn._flax import replace_linen
 from jbn._flax.fold_linen import Folded, fold
-from jbn._flax.layer import check_features, feature_axis, full_rank_mask, left_to_flax, training, with_result_dtype
+from jbn._flax.layer import bounds, check_features, feature_axis, left_to_flax, normalize, with_result_dtype
+from jbn._flax.norm_mask_linen import norm_mask
 from jbn._flax.recalibrate_linen import recalibrate
+from jbn._flax.replace_shared import Replaced
+from jbn._op.jax_internals import without_wrappers
 
-__all__ = ["BatchNorm", "Folded", "fold", "recalibrate"]
+__all__ = ["BatchNorm", "Folded", "Replaced", "fold", "norm_mask", "recalibrate", "replacing"]
 
-# Without Flax's method wrapper, so that a call left to it is captured and tabulated once, not twice.
-_flax_call = inspect.unwrap(nn.BatchNorm.__call__)
+_flax_call = without_wrappers(nn.BatchNorm.__call__)
 
 
 class BatchNorm(nn.BatchNorm):
@@ -54,7 +57,7 @@ class BatchNorm(nn.BatchNorm):
         `batch_stats` sees the whole batch.
       unbiased: store the variance times n / max(n − 1, 1) in `batch_stats`, as PyTorch does.
       implementation: None chooses by platform; `"xla"` or `"triton"` never falls back.
-      renorm: batch renormalization (Ioffe 2017, https://arxiv.org/abs/1702.03275; see `jbn.brn_train`): training is
+      renorm: batch renormalization (Ioffe 2017, https://arxiv.org/abs/1702.03275; see `jbn.Renorm`): training is
         corrected towards the running statistics, so that it sees what inference will.
       r_max, d_max: the bounds of that correction, ≥ 1 and ≥ 0, for calls that name none. With 1 and 0 it is the plain
         layer, bit for bit; the paper begins there and reaches 3 and 5.
@@ -114,7 +117,7 @@ class BatchNorm(nn.BatchNorm):
           TypeError: training with `renorm` and without a bound.
         """
         x = jnp.asarray(x)
-        train = training(self, r_max, d_max)
+        renorm = bounds(self, r_max, d_max)
         if left_to_flax(self, x, residual):
             return _flax_call(self, x, use_running_average, mask=mask)
         use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
@@ -130,34 +133,59 @@ class BatchNorm(nn.BatchNorm):
         )
         stats_dtype = jnp.dtype(x.dtype if self.dtype is None else self.dtype)
         x, dtype = with_result_dtype(x, self.dtype, *params)
-        options: dict[str, Any] = dict(
-            axis=axis,
-            epsilon=self.epsilon,
-            residual=residual,
-            activation=self.activation,
-            dtype=dtype,
-            implementation=self.implementation,
-        )
-        if use_running_average:
-            return bn_eval(params, BNState(mean.value, var.value), x, **options)
-        # Flax's running statistics become float64 with the first float64 batch, and are never below float32.
-        wide = jnp.float64 if jnp.float64 in (stats_dtype, mean.value.dtype) else jnp.float32
+        state = BNState(mean.value, var.value)
         initializing = self.is_initializing()  # on any batch, outside any axis_name: the statistics stay
-        y, state = train(
+        if not use_running_average:
+            # Flax's running statistics become float64 with the first float64 batch, and are never below float32.
+            wide = jnp.float64 if jnp.float64 in (stats_dtype, mean.value.dtype) else jnp.float32
+            state = BNState(state.mean.astype(wide), state.var.astype(wide))
+        y, state = normalize(
+            self,
             params,
-            BNState(mean.value.astype(wide), var.value.astype(wide)),
+            state,
             x,
-            momentum=self.momentum,
-            mask=full_rank_mask(mask, x),
-            virtual_batch_size=None if initializing else self.virtual_batch_size,
-            unbiased=self.unbiased,
-            axis_name=None if initializing else self.axis_name,
-            axis_index_groups=None if initializing or self.axis_name is None else self.axis_index_groups,
-            **options,
+            axis=axis,
+            dtype=dtype,
+            average=use_running_average,
+            mask=mask,
+            residual=residual,
+            renorm=renorm,
+            alone=initializing,
         )
-        if not initializing:
+        if not (use_running_average or initializing):
             mean.value, var.value = state
         return y
+
+
+def replacing(**options: Any) -> AbstractContextManager[Replaced]:
+    """Inside, every `flax.linen.BatchNorm` of any model computes as `jbn.linen.BatchNorm`: no import has to change.
+
+    Usage:
+
+        model = TheirModel()  # its layers are Flax's
+        with jbn.linen.replacing(virtual_batch_size=32) as seen:
+            y, updates = jax.jit(train_step)(variables, x)
+
+    Variables, their names and random numbers are those of the model without. Layers may be nested, lifted (`nn.scan`,
+    `nn.vmap`, `nn.remat`, `nn.jit`), and called in functions that JAX traces. Being inside is part of JAX's keys: what
+    was compiled outside is not used inside, nor the other way round, nor under other options; so enter it around the
+    calls of a jitted function, or in that function. Outside all is as it was. Contexts may be nested, the innermost
+    decides. It holds for the thread that enters it.
+
+    Args:
+      **options: of `jbn.linen.BatchNorm`, for every layer: momentum, epsilon, dtype, axis_name, axis_index_groups,
+        virtual_batch_size, unbiased, implementation, renorm, r_max, d_max. `use_running_average` holds whatever the
+        model says: True freezes the statistics. Layers keep what is not given, as well as axis and variables.
+
+    Yields:
+      `Replaced`, which fills while models are traced inside (a program compiled inside before is not traced again).
+      Left are layers that are ours, and subclasses, which may compute in their own way.
+
+    Raises:
+      TypeError: an option that is not one of these.
+      ValueError: a value out of range, or bounds without renorm.
+    """
+    return replace_linen.replacing(BatchNorm, options)
 
 
 def __dir__() -> list[str]:

@@ -23,12 +23,15 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
-from jbn import BNParams, BNState, bn_eval
+from jbn import BNParams, BNState
+from jbn._flax import replace_nnx
 from jbn._flax.fold_nnx import Folded, fold
-from jbn._flax.layer import check_features, feature_axis, full_rank_mask, left_to_flax, training, with_result_dtype
+from jbn._flax.layer import bounds, check_features, feature_axis, left_to_flax, normalize, with_result_dtype
+from jbn._flax.norm_mask_nnx import norm_mask
 from jbn._flax.recalibrate_nnx import recalibrate
+from jbn._flax.replace_shared import Replaced
 
-__all__ = ["BatchNorm", "Folded", "fold", "recalibrate"]
+__all__ = ["BatchNorm", "Folded", "Replaced", "fold", "norm_mask", "recalibrate", "replace"]
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -53,7 +56,7 @@ class BatchNorm(nnx.BatchNorm):
         `mean` and `var` see the whole batch.
       unbiased: store the variance times n / max(n − 1, 1) in `var`, as PyTorch does.
       implementation: None chooses by platform; `"xla"` or `"triton"` never falls back.
-      renorm: batch renormalization (Ioffe 2017, https://arxiv.org/abs/1702.03275; see `jbn.brn_train`): training is
+      renorm: batch renormalization (Ioffe 2017, https://arxiv.org/abs/1702.03275; see `jbn.Renorm`): training is
         corrected towards the running statistics, so that it sees what inference will.
       r_max, d_max: the bounds of that correction, ≥ 1 and ≥ 0, for calls that name none. With 1 and 0 it is the plain
         layer, bit for bit; the paper begins there and reaches 3 and 5.
@@ -129,7 +132,7 @@ class BatchNorm(nnx.BatchNorm):
           TypeError: training with `renorm` and without a bound.
         """
         x = jnp.asarray(x)
-        train = training(self, r_max, d_max)
+        renorm = bounds(self, r_max, d_max)
         if use_running_average is None:
             use_running_average = self.use_running_average
         if left_to_flax(self, x, residual) or use_running_average is None:  # None: the error is Flax's
@@ -145,29 +148,20 @@ class BatchNorm(nnx.BatchNorm):
         else:
             x, mean, var, scale, bias = self.promote_dtype((x, *state, scale, bias), dtype=self.dtype)
             x, dtype = with_result_dtype(x, self.dtype, scale, bias)
-        options: dict[str, Any] = dict(
-            axis=axis,
-            epsilon=self.epsilon,
-            residual=residual,
-            activation=self.activation,
-            dtype=dtype,
-            implementation=self.implementation,
-        )
-        if use_running_average:
-            return bn_eval(BNParams(scale, bias), BNState(mean, var), x, **options)
-        y, state = train(
+        y, state = normalize(
+            self,
             BNParams(scale, bias),
-            state,
+            BNState(mean, var) if use_running_average else state,
             x,
-            momentum=self.momentum,
-            mask=full_rank_mask(mask, x),
-            virtual_batch_size=self.virtual_batch_size,
-            unbiased=self.unbiased,
-            axis_name=self.axis_name,
-            axis_index_groups=None if self.axis_name is None else self.axis_index_groups,
-            **options,
+            axis=axis,
+            dtype=dtype,
+            average=use_running_average,
+            mask=mask,
+            residual=residual,
+            renorm=renorm,
         )
-        self.mean[...], self.var[...] = state
+        if not use_running_average:
+            self.mean[...], self.var[...] = state
         return y
 
     def set_view(
@@ -187,6 +181,35 @@ class BatchNorm(nnx.BatchNorm):
             for name, bound in {"r_max": r_max, "d_max": d_max}.items():
                 if bound is not None:  # a number is static, an array data
                     setattr(self, name, nnx.data(bound) if hasattr(bound, "dtype") else bound)
+
+
+def replace(model: nnx.Module, **options: Any) -> Replaced:
+    """Turns every `flax.nnx.BatchNorm` of a model into a `jbn.nnx.BatchNorm`, in place: no import has to change.
+
+    Usage:
+
+        model = TheirModel(rngs=nnx.Rngs(0))  # its layers are Flax's
+        jbn.nnx.replace(model, axis_name="data")
+
+    The layer stays the same object with the same variables, so that parameters, statistics, settings, sharding and
+    other metadata, layers and variables that are shared, and an optimizer made before, all stay.
+
+    Args:
+      model: any module.
+      **options: of `jbn.nnx.BatchNorm`, for every layer that is replaced: use_running_average, momentum, epsilon,
+        dtype, axis_name, axis_index_groups, virtual_batch_size, unbiased, implementation, renorm, r_max, d_max. Layers
+        keep what is not given, as well as axis and variables.
+
+    Returns:
+      `Replaced`. Left are layers that are ours, with the settings that they have, and subclasses, which may compute in
+      their own way.
+
+    Raises:
+      TypeError: `model` is no module, or an option is not one of these.
+      ValueError: the model has no batch norm, a value is out of range, or bounds come without renorm. After an error
+        the model is as it was.
+    """
+    return replace_nnx.replace(model, BatchNorm, options)
 
 
 def __dir__() -> list[str]:

@@ -9,6 +9,8 @@ Usage:
     x = scaling.invert(affine, model_input)
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from functools import partial
 from typing import Literal, NamedTuple, TypeGuard
@@ -20,8 +22,8 @@ from jax.typing import ArrayLike
 
 from jbn._functions.checks import FLOATS, check_axis, check_input, check_mask
 from jbn._functions.moments import Moments, merge, moments
+from jbn._op.merging import merge_stream
 from jbn._op.plan import compute_dtype
-from jbn._op.stream import merge_stream
 
 __all__ = ["Affine", "apply", "fit", "invert", "unit_length"]
 

@@ -3,7 +3,8 @@
 import ast
 import importlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import NamedTuple
 
 from experiments.framework.record import require
 
@@ -54,8 +55,8 @@ def names(node: ast.stmt) -> list[str]:
     return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
-def load(entry: Entry) -> Any:
-    """The experiment's module.
+def load(entry: Entry) -> ModuleType:
+    """The experiment's module: a `Study` if it is on claims, else a `Job`.
 
     Raises:
       MissingPackage: what it needs is not installed.

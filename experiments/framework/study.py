@@ -1,29 +1,19 @@
-"""How the experiments in `claims` run: their parts one by one, each kept as it finishes, then the verdicts.
-
-A file there has a docstring, whose first line is the question and whose rest is the design, and
-
-- `CLAIMS`: name → `Claim`;
-- `CAPTION`: what the figure shows, for those who see it and for those who do not;
-- `configuration(quick)` → every setting, `seeds` among them; `seed` and `quick` are added;
-- `parts(configuration)` → the measurements to take, as dicts that tell them apart: a row of results each;
-- `measure(configuration, part)` → what was found, joined to the part in its row; arrays have seeds first;
-- `effects(rows, configuration)` → claim name → the effect for each seed;
-- `figure(results)` → a matplotlib figure, drawn from the results alone.
-"""
+"""How experiments on claims (`Study`) run: their parts one by one, each kept as it finishes, then the verdicts."""
 
 import contextlib
 import inspect
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.framework.cache import Cache
 from experiments.framework.claim import judge, shown
+from experiments.framework.experiment import Configuration, Part, Row, Study
 from experiments.framework.record import Options, Results, plain, progress
 
 
-def run(experiment: Any, options: Options, results: Results) -> None:
+def run(experiment: Study, options: Options, results: Results) -> None:
     """Measures every part that was not measured before, and judges the claims."""
     configuration = plain({"seed": options.seed, "quick": options.quick, **experiment.configuration(options.quick)})
     results.configuration = configuration
@@ -44,13 +34,13 @@ def run(experiment: Any, options: Options, results: Results) -> None:
     }
 
 
-def told(experiment: Any) -> dict[str, str]:
+def told(experiment: Study) -> dict[str, str]:
     """What an experiment's file says of itself: the question, the design, and what the figure shows."""
     question, _, design = (inspect.getdoc(experiment) or "").partition("\n")
     return {"question": question, "design": design.strip(), "caption": experiment.CAPTION}
 
 
-def timed(experiment: Any, configuration: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
+def timed(experiment: Study, configuration: Configuration, part: Part) -> Row:
     """The row of one part, with the seconds that it took."""
     import jax
 
@@ -76,7 +66,7 @@ def optimizing(wanted: bool) -> Iterator[None]:
         jax.config.update("jax_disable_most_optimizations", before)
 
 
-def find(rows: list[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
+def find(rows: Sequence[Row], **wanted: Any) -> Row:
     """The one row that has these values.
 
     Raises:
@@ -88,7 +78,7 @@ def find(rows: list[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
     return found[0]
 
 
-def describe(part: dict[str, Any]) -> str:
+def describe(part: Part) -> str:
     """A part in words."""
     return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in part.items())
 

@@ -5,7 +5,7 @@ Each takes Flax's BatchNorm as well as ours: what is imported as BatchNorm is al
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -206,3 +206,22 @@ class NnxResNet50(nnx.Module):
         for block in self.blocks:
             x = block(x)
         return self.dense(x.mean((1, 2)))
+
+
+def resnet50_names(kind: Literal["linen", "nnx"] = "linen") -> dict[str, tuple[str | int, ...]]:
+    """For every layer of torchvision's ResNet-50 its path in ours, as `jbn.convert.model_from_torch` takes them."""
+    linen = {"linen": True, "nnx": False}[kind]
+    names: dict[str, tuple[str | int, ...]] = {
+        "conv1": ("Conv_0" if linen else "conv",),
+        "bn1": ("BatchNorm_0" if linen else "norm",),
+    }
+    blocks = [(stage, block) for stage, (_, count, _) in enumerate(STAGES, 1) for block in range(count)]
+    for number, (stage, block) in enumerate(blocks):
+        theirs, ours = f"layer{stage}.{block}", (f"Bottleneck_{number}",) if linen else ("blocks", number)
+        for i in range(3):
+            names[f"{theirs}.conv{i + 1}"] = (*ours, f"Conv_{i}" if linen else f"conv{i + 1}")
+            names[f"{theirs}.bn{i + 1}"] = (*ours, f"BatchNorm_{i}" if linen else f"norm{i + 1}")
+        if block == 0:
+            names[f"{theirs}.downsample.0"] = (*ours, "conv_shortcut")
+            names[f"{theirs}.downsample.1"] = (*ours, "norm_shortcut")
+    return names | {"fc": ("Dense_0" if linen else "dense",)}

@@ -14,26 +14,37 @@ from jbn._functions.checks import FLOATS
 
 
 def checked(
-    found: Sequence[Pair], error: Callable[[tuple[Pair, ...]], float], jaxpr: Jaxpr
+    found: Sequence[Pair],
+    error: Callable[[tuple[Pair, ...], list], float],
+    jaxpr: Jaxpr,
+    arrays: Sequence[Any],
+    variables: Any,
 ) -> tuple[tuple[Pair, ...], dict[str, str]]:
     """The pairs that the model may be folded by, and for every other norm the error seen.
 
     Args:
       found: what looks right.
-      error: of the model's outputs when folded by these pairs, relative to them.
+      error: of the model's outputs on an example when folded by these pairs, relative to them.
       jaxpr: of the model; the largest error is √eps of the coarsest dtype in it.
+      arrays, variables: the example, and the model's own; while they are traced nothing can be compared.
     """
+    drawn = example(arrays)
+    if drawn is None or example(jax.tree.leaves(variables)) is None:
+        return tuple(found), {}
     most = max((float(jnp.finfo(dtype).eps) for dtype in _dtypes(jaxpr) if dtype.name in FLOATS), default=0) ** 0.5
     left: dict[str, str] = {}
-    error = functools.cache(error)
+
+    @functools.cache
+    def off(some: tuple[Pair, ...]) -> float:
+        return error(some, drawn)
 
     def right(some: tuple[Pair, ...], together: bool = False) -> tuple[Pair, ...]:
-        if not some or error(some) <= most:
+        if not some or off(some) <= most:
             return some
         if together or len(some) == 1:
             for pair in some:
                 left[pair.norm] = (
-                    f"folded into {pair.layer} it changes the outputs on the example by {error(some):.1e} of their "
+                    f"folded into {pair.layer} it changes the outputs on the example by {off(some):.1e} of their "
                     f"size, more than rounding does ({most:.1e})"
                 )
             return ()

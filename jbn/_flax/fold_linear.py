@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 from jax.extend.core import Jaxpr, JaxprEqn, Var, jaxprs_in_params
 
-from jbn._flax.fold_marks import MARK, SCOPE, Call, handed_in
+from jbn._flax.fold_marks import MARK, SCOPE, Call
 from jbn._functions.checks import FLOATS
+from jbn._op.jax_internals import checkpoint_name_of, handed_in, scope_of
 
 Owner = tuple[str, str]  # a module and the name of its variable
 CALLS = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "custom_jvp_call", "custom_vjp_call")
@@ -52,7 +53,7 @@ def transforms(jaxpr: Jaxpr, owners: dict[Var, Owner], calls: list[Call]) -> dic
 def _each_call(jaxpr: Jaxpr, owners: dict[Var, Owner], calls: list[Call]) -> Iterator[tuple[str, Transforms]]:
     layers: dict[int, _Layer] = {}
     for eqn in jaxpr.eqns:
-        scope = SCOPE.search(str(eqn.source_info.name_stack))
+        scope = SCOPE.search(scope_of(eqn))
         if scope is None:
             taken = [owners.get(v) if isinstance(v, Var) else None for v in eqn.invars]
             for one in jaxprs_in_params(eqn.params):
@@ -85,7 +86,7 @@ class _Layer:
         return Transforms(before, before or self.behind)
 
     def follow(self, eqn: JaxprEqn) -> None:
-        mark = MARK.fullmatch(str(eqn.params.get("name", ""))) if eqn.primitive.name == "name" else None
+        mark = MARK.fullmatch(checkpoint_name_of(eqn) or "")
         if mark and mark[2] == "in":
             self.roles[eqn.outvars[0]] = "input"
         elif mark:

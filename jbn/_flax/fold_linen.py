@@ -13,14 +13,12 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend.core import jaxpr_as_fun
 
 from jbn._flax import fold_shared
-from jbn._flax.fold_check import checked, example, relative_error
+from jbn._flax.fold_check import checked, relative_error
 from jbn._flax.fold_marks import Call, Marks
 from jbn._flax.fold_pairs import Pair, pairs
-from jbn._flax.layer import feature_axis
+from jbn._flax.nested import STATS, Path, at, put
 from jbn._functions.batch_norm import BNParams, BNState
 
-Path = tuple[str, ...]
-STATS = "batch_stats"
 _folds = itertools.count()
 
 
@@ -45,11 +43,11 @@ def fold(model: nn.Module, variables: Any, *args: Any, **call: Any) -> Folded:
     """Rewrites a model for inference: batch norms go into the dense layers and convolutions before or behind them.
 
     The model is traced as `model.apply(variables, *args, **call)`. A batch norm (`jbn.linen.BatchNorm` or Flax's, on
-    running averages) is folded by `jbn.fold` into the `nn.Dense`, `nn.Conv` or `nn.ConvTranspose` whose output is its
-    input, if nothing else reads that output; else by `jbn.fold_after` into the one that alone reads its output, where
-    that is exact. Its residual and activation stay. Everything else runs as before, and `left` says why: a layer or
-    value that is used elsewhere too, stacked weights, training mode, padding with zeros, a class with a `__call__` of
-    its own, a layer that makes of its stored kernel another one (weight standardisation, quantisation).
+    running averages) is folded into the `nn.Dense`, `nn.Conv` or `nn.ConvTranspose` whose output is its input, if
+    nothing else reads that output (`jbn.fold_into_previous`); else into the one that alone reads its output, where that
+    is exact (`jbn.fold_into_next`). Its residual and activation stay. Everything else runs as before, and `left` says
+    why: a layer or value that is used elsewhere too, stacked weights, training mode, padding with zeros, a class with a
+    `__call__` of its own, a layer that makes of its stored kernel another one (weight standardisation, quantisation).
 
     Then both models run on the arguments, in JAX's highest precision of products: a batch norm whose folding changes
     the outputs by more than √eps of their size (‖difference‖ / ‖output‖; eps of the coarsest dtype) is left as well,
@@ -96,8 +94,6 @@ def fold(model: nn.Module, variables: Any, *args: Any, **call: Any) -> Folded:
         first = "x" if known is nn.BatchNorm else "inputs"
         if known is nn.BatchNorm:
             norms[name] = layer.epsilon
-            bare = getattr(layer, "activation", None) is None and kwargs.get("residual") is None
-            call = call._replace(refuses_behind="" if bare else "it has an activation or a residual")
         else:
             axes[name] = -2 if getattr(layer, "transpose_kernel", False) else -1
         return marks.around(call, run, args[0] if args else kwargs[first])
@@ -132,7 +128,7 @@ def fold(model: nn.Module, variables: Any, *args: Any, **call: Any) -> Folded:
 
         return apply, rewritten(plain) if done else plain
 
-    def error(done: tuple[Pair, ...]) -> float:
+    def error(done: tuple[Pair, ...], drawn: list) -> float:
         apply, others = folded(done)
 
         @jax.jit
@@ -144,12 +140,8 @@ def fold(model: nn.Module, variables: Any, *args: Any, **call: Any) -> Folded:
         with precise:
             return float(compare(plain, others, drawn))
 
-    everything = jax.tree.leaves(plain)
-    if (drawn := example(arrays)) is not None and example(everything) is not None:
-        found, wrong = checked(found, error, closed.jaxpr)
-        left |= wrong
-    apply, others = folded(tuple(found))
-    return Folded(apply, others, {pair.norm: pair.layer for pair in found}, left)
+    done, wrong = checked(found, error, closed.jaxpr, arrays, plain)
+    return Folded(*folded(done), {pair.norm: pair.layer for pair in done}, left | wrong)
 
 
 def _runner(norms: dict[Path, Any], biased: set[Path]) -> Callable:
@@ -186,26 +178,20 @@ def _known(layer: nn.Module) -> type | None:
 
 def _call(layer: Any, known: type, name: str, variables: Any, args: tuple, kwargs: dict) -> Call:
     if known is nn.BatchNorm:
-        x, average, _ = _arguments(*args, **kwargs)
-        try:
-            last = feature_axis(layer.axis, x) == x.ndim - 1
-        except ValueError:  # several axes
-            last = False
+        x, average, residual = _arguments(*args, **kwargs)
         return fold_shared.norm_call(
             name,
             layer,
             x,
             own=fold_shared.redefined(type(layer), nn.BatchNorm),
             average=nn.merge_param("use_running_average", layer.use_running_average, average),
-            mean=_at(variables.get(STATS, {}), layer.path).get("mean", ()),
-            last=last,
+            mean=at(variables.get(STATS, {}), layer.path).get("mean", ()),
+            residual=residual,
         )
-    kernel = _at(variables.get("params", {}), layer.path).get("kernel", ())
+    kernel = at(variables.get("params", {}), layer.path).get("kernel", ())
     window = None if known is nn.Dense else jnp.shape(kernel)[:-2]
-    call = fold_shared.layer_call(name, layer, kernel, window, known is nn.ConvTranspose)
-    if layer.has_variable("params", "kernel") and layer.get_variable("params", "kernel").shape != kernel.shape:
-        return call._replace(refuses="its variables are stacked, by scan or vmap over layers")
-    return call
+    own = layer.get_variable("params", "kernel", kernel)
+    return fold_shared.layer_call(name, layer, kernel, window, known is nn.ConvTranspose, jnp.shape(own))
 
 
 def _arguments(x, use_running_average=None, *, residual=None, **_):
@@ -216,14 +202,14 @@ def _with_pair(variables: Any, pair: Pair, epsilon: Any, axis: int, biased: set[
     """The variables once the layer of a pair has taken up its batch norm."""
     norm, layer = (tuple(name.split("/")) for name in (pair.norm, pair.layer))
     params, stats = variables["params"], variables[STATS]
-    learned, state = _at(params, norm), BNState(**_at(stats, norm))
+    learned, state = at(params, norm), BNState(**at(stats, norm))
     learned = BNParams(learned.get("scale"), learned.get("bias"))
-    own = _at(params, layer)
+    own = at(params, layer)
     kernel, bias = fold_shared.weights(pair, learned, state, epsilon, own["kernel"], own.get("bias"), axis)
     if "bias" not in own:
         biased.add(layer)
-    params = _with(_with(params, norm, None), layer, {**own, "kernel": kernel, "bias": bias})
-    whole = {**variables, "params": params, STATS: _with(stats, norm, None)}
+    params = put(put(params, norm, None), layer, {**own, "kernel": kernel, "bias": bias})
+    whole = {**variables, "params": params, STATS: put(stats, norm, None)}
     return {name: tree for name, tree in whole.items() if tree}
 
 
@@ -234,18 +220,3 @@ def _owner(keys: list[str]) -> tuple[str, str]:
 
 def _keys(path: tuple) -> list[str]:
     return [getattr(key, "key", str(key)) for key in path]
-
-
-def _at(tree: Any, path: Path) -> Any:
-    for name in path:
-        tree = tree.get(name, {})
-    return tree
-
-
-def _with(tree: Any, path: Path, value: Any) -> Any:
-    """A copy of the nested dict with `value` at `path`; None takes it out, and what is empty then."""
-    if not path:
-        return value
-    inner = _with(tree.get(path[0], {}), path[1:], value)
-    others = {name: each for name, each in tree.items() if name != path[0]}
-    return {**tree, path[0]: inner} if inner else others

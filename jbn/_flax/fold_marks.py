@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import Jaxpr, JaxprEqn
 
 TAG = "jbn_fold"
 MARK = re.compile(rf"{TAG}_(\d+)_(in|out)")
@@ -36,15 +35,3 @@ class Marks:
         with jax.named_scope(f"{TAG}_{number}"):
             x = checkpoint_name(x, f"{TAG}_{number}_in")
             return checkpoint_name(function(x), f"{TAG}_{number}_out")
-
-
-def handed_in(eqn: JaxprEqn, inner: Jaxpr, taken: list) -> list:
-    """What of an equation's arguments a jaxpr inside it takes."""
-    if eqn.primitive.name == "cond":  # its branches lack the index
-        return taken[1:]
-    if eqn.primitive.name != "while":
-        return taken
-    test, body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    if inner is eqn.params["cond_jaxpr"].jaxpr:
-        return [*taken[:test], *taken[test + body :]]
-    return taken[test:]

@@ -9,10 +9,9 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jax.extend.core import jaxpr_as_fun
 
 from jbn._flax import fold_shared
-from jbn._flax.fold_check import checked, example, relative_error
+from jbn._flax.fold_check import checked, relative_error
 from jbn._flax.fold_marks import Call, Marks
 from jbn._flax.fold_pairs import Pair, pairs
-from jbn._flax.layer import feature_axis
 from jbn._functions.batch_norm import BNParams, BNState
 
 
@@ -56,11 +55,11 @@ def fold(model: nnx.Module, *args: Any, method: str = "__call__", **call: Any) -
     """Rewrites a model for inference: batch norms go into the dense layers and convolutions before or behind them.
 
     The model is traced as `model(*args, **call)`. A batch norm (`jbn.nnx.BatchNorm` or Flax's, on running averages) is
-    folded by `jbn.fold` into the `nnx.Linear`, `nnx.Conv` or `nnx.ConvTranspose` whose output is its input, if nothing
-    else reads that output; else by `jbn.fold_after` into the one that alone reads its output, where that is exact. Its
-    residual and activation stay. Everything else runs as before, and `left` says why: a layer, weight or value that is
-    used elsewhere too, stacked weights, training mode, padding with zeros, a class with a `__call__` of its own, a
-    layer that makes of its stored kernel another one (weight standardisation, quantisation).
+    folded into the `nnx.Linear`, `nnx.Conv` or `nnx.ConvTranspose` whose output is its input, if nothing else reads
+    that output (`jbn.fold_into_previous`); else into the one that alone reads its output, where that is exact
+    (`jbn.fold_into_next`). Its residual and activation stay. Everything else runs as before, and `left` says why: a
+    layer, weight or value that is used elsewhere too, stacked weights, training mode, padding with zeros, a class with
+    a `__call__` of its own, a layer that makes of its stored kernel another one (weight standardisation, quantisation).
 
     Then both models run on the arguments, in JAX's highest precision of products: a batch norm whose folding changes
     the outputs by more than √eps of their size (‖difference‖ / ‖output‖; eps of the coarsest dtype) is left as well,
@@ -110,7 +109,7 @@ def fold(model: nnx.Module, *args: Any, method: str = "__call__", **call: Any) -
     found, left = pairs(closed, [*owners, *[None] * len(arrays)], marks)
     folded = functools.lru_cache(maxsize=1)(lambda done: _folded(model, done, dtypes))
 
-    def error(done: tuple[Pair, ...]) -> float:
+    def error(done: tuple[Pair, ...], drawn: list) -> float:
         graphdef, others = nnx.split(folded(done))
 
         @jax.jit
@@ -123,11 +122,8 @@ def fold(model: nnx.Module, *args: Any, method: str = "__call__", **call: Any) -
         with precise:
             return float(compare(state, others, drawn))
 
-    everything = jax.tree.leaves(state)
-    if (drawn := example(arrays)) is not None and example(everything) is not None:
-        found, wrong = checked(found, error, closed.jaxpr)
-        left |= wrong
-    return Folded(folded(tuple(found)), {pair.norm: pair.layer for pair in found}, left)
+    done, wrong = checked(found, error, closed.jaxpr, arrays, state)
+    return Folded(folded(done), {pair.norm: pair.layer for pair in done}, left | wrong)
 
 
 def _folded(model: nnx.Module, done: tuple[Pair, ...], dtypes: dict[str, Any]) -> nnx.Module:
@@ -196,24 +192,17 @@ def _marking(kind: type, marks: Marks, shapes: dict[str, tuple], dtypes: dict[st
 
     def _norm_call(layer, x, use_running_average=None, *, residual=None, **_) -> Call:
         average = layer.use_running_average if use_running_average is None else use_running_average
-        try:
-            last = feature_axis(layer.axis, x) == x.ndim - 1
-        except ValueError:  # several axes
-            last = False
         mean = jax.ShapeDtypeStruct(shapes[layer.fold_name], layer.mean.get_raw_value().dtype)
-        call = fold_shared.norm_call(layer.fold_name, layer, x, own=own, average=average, mean=mean, last=last)
+        call = fold_shared.norm_call(layer.fold_name, layer, x, own=own, average=average, mean=mean, residual=residual)
         if not call.refuses and layer.promote_dtype is not promote_dtype:
-            call = call._replace(refuses="it has a promote_dtype of its own")
-        bare = getattr(layer, "activation", None) is None and residual is None
-        return call._replace(refuses_behind="" if bare else "it has an activation or a residual")
+            return call._replace(refuses="it has a promote_dtype of its own")
+        return call
 
     def _layer_call(layer, *_, **__) -> Call:
         kernel = layer.kernel.get_raw_value()  # what is made of it as it is read belongs to the call
         window = None if known is nnx.Linear else kernel.shape[:-2]
-        call = fold_shared.layer_call(layer.fold_name, layer, kernel, window, known is nnx.ConvTranspose)
-        if kernel.shape != shapes[layer.fold_name]:
-            return call._replace(refuses="its variables are stacked, by scan or vmap over layers")
-        return call
+        transposed, stored = known is nnx.ConvTranspose, shapes[layer.fold_name]
+        return fold_shared.layer_call(layer.fold_name, layer, kernel, window, transposed, stored)
 
     Marking.__name__ = kind.__name__
     return Marking

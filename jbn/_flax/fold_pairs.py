@@ -11,7 +11,8 @@ from typing import NamedTuple
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var, jaxprs_in_params
 
 from jbn._flax.fold_linear import Owner, transforms
-from jbn._flax.fold_marks import MARK, SCOPE, Call, Marks, handed_in
+from jbn._flax.fold_marks import MARK, SCOPE, Call, Marks
+from jbn._op.jax_internals import checkpoint_name_of, handed_in, scope_of
 
 
 class Pair(NamedTuple):
@@ -113,7 +114,7 @@ class _Found:
             for value in eqn.invars:
                 if isinstance(value, Var):
                     uses[value] += 1
-            mark = MARK.fullmatch(str(eqn.params.get("name", ""))) if eqn.primitive.name == "name" else None
+            mark = MARK.fullmatch(checkpoint_name_of(eqn) or "")
             if mark and mark[2] == "out":
                 made[eqn.outvars[0]] = int(mark[1])
             elif mark:
@@ -135,7 +136,7 @@ def _read_elsewhere(jaxpr: Jaxpr, owners: dict[Var, str | None], calls: list[Cal
         read = [owners.get(v) if isinstance(v, Var) else None for v in eqn.invars]
         if not any(read):
             continue
-        scope = SCOPE.search(str(eqn.source_info.name_stack))
+        scope = SCOPE.search(scope_of(eqn))
         reader = calls[int(scope[1])].module if scope else None
         strange = [owner for owner in read if owner and owner != reader]
         inner = [(one, handed_in(eqn, one, read)) for one in jaxprs_in_params(eqn.params)]

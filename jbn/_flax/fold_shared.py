@@ -9,28 +9,31 @@ import numpy as np
 
 from jbn._flax.fold_marks import Call
 from jbn._flax.fold_pairs import Pair
+from jbn._flax.layer import feature_axes
 from jbn._functions.batch_norm import BNParams, BNState
 from jbn._functions.checks import FLOATS, check_activation
-from jbn._functions.folding import fold, fold_after
+from jbn._functions.folding import fold_into_next, fold_into_previous
 from jbn._op.activations import ACTIVATIONS
 from jbn._op.plan import compute_dtype
 
+STACKED = "its variables are stacked, by scan or vmap over layers"
 PADS_NOTHING = ("VALID", "CIRCULAR", "REFLECT")  # or nothing that is not of the image
 
 
-def norm_call(module: str, layer: Any, x: Any, *, own: str, average: Any, mean: Any, last: bool) -> Call:
+def norm_call(module: str, layer: Any, x: Any, *, own: str, average: Any, mean: Any, residual: Any) -> Call:
     """The call of a batch norm, and why it cannot be folded; `own`: what its class does in its own way."""
     if own:
         why = f"its class {type(layer).__name__} has a {own} of its own"
     elif not average:
         why = "it normalises with the batch's own statistics: fold what inference runs (train=False; model.eval())"
-    elif x.dtype.name not in FLOATS or not last:
+    elif x.dtype.name not in FLOATS or feature_axes(layer.axis, x) != {x.ndim - 1}:
         why = f"it normalises x of shape {x.shape}, dtype {x.dtype.name}, with axis={layer.axis!r}, not the last"
     elif jnp.shape(mean) != x.shape[-1:]:
-        why = "its variables are stacked, by scan or vmap over layers"
+        why = STACKED
     else:
         why = ""
-    return Call(module, True, why)
+    bare = getattr(layer, "activation", None) is None and residual is None
+    return Call(module, True, why, "" if bare else "it has an activation or a residual")
 
 
 def redefined(kind: type, flax: type) -> str:
@@ -46,10 +49,17 @@ def redefined(kind: type, flax: type) -> str:
     return ""
 
 
-def layer_call(module: str, layer: Any, kernel: Any, window: tuple[int, ...] | None, transposed: bool) -> Call:
-    """The call of a dense layer (`window` None) or convolution, and why a batch norm cannot be folded into it."""
+def layer_call(
+    module: str, layer: Any, kernel: Any, window: tuple[int, ...] | None, transposed: bool, other: tuple[int, ...]
+) -> Call:
+    """The call of a dense layer (`window` None) or convolution, and why a batch norm cannot be folded into it.
+
+    `other`: the kernel's shape outside this call, or in it, where loops over layers stack them.
+    """
     refuses = ""
-    if jnp.result_type(kernel).name not in FLOATS:
+    if jnp.shape(kernel) != other:
+        refuses = STACKED
+    elif jnp.result_type(kernel).name not in FLOATS:
         refuses = f"its kernel has dtype {jnp.result_type(kernel).name}"
     behind = ""
     if transposed:
@@ -77,8 +87,8 @@ def weights(
 ) -> tuple[jax.Array, jax.Array]:
     """The layer's kernel and bias once it has taken the batch norm up."""
     if pair.layer_first:
-        return fold(params, state, kernel, bias, axis=axis, epsilon=epsilon)
-    return fold_after(params, state, kernel, bias, epsilon=epsilon)
+        return fold_into_previous(params, state, kernel, bias, axis=axis, epsilon=epsilon)
+    return fold_into_next(params, state, kernel, bias, epsilon=epsilon)
 
 
 def rest(x: jax.Array, residual: jax.Array | None, activation: str | None, dtype: Any) -> jax.Array:

@@ -1,15 +1,14 @@
-"""What the two Flax modules share: how they train, the calls left to Flax's own code, axes, masks, result dtypes."""
+"""What the two Flax modules share: their calls of `bn_train`, and those left to Flax; axes, masks, result dtypes."""
 
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jbn._functions.batch_norm import bn_train
+from jbn._functions.batch_norm import BNParams, BNState, bn_eval, bn_train
 from jbn._functions.checks import FLOATS, check_axis
-from jbn._functions.renorm import brn_train
+from jbn._functions.renorm import Renorm
 
 NOT_ASKED = {
     "activation": None,
@@ -20,20 +19,64 @@ NOT_ASKED = {
 }
 
 
-def training(layer: Any, r_max: Any, d_max: Any) -> Callable:
-    """`bn_train`, or with `renorm` `brn_train` under the bounds of the call, or else those of the layer.
+def bounds(layer: Any, r_max: Any, d_max: Any) -> Renorm | None:
+    """With `renorm` the bounds of the call, or else those of the layer.
 
     Raises:
-      ValueError: bounds without `renorm`. (One that is missing with it is for `brn_train` to say, which inference
-        does not reach.)
+      ValueError: bounds without `renorm`. (One that is missing with it is for `bn_train` to say, which inference does
+        not reach.)
     """
-    bounds = {"r_max": layer.r_max if r_max is None else r_max, "d_max": layer.d_max if d_max is None else d_max}
+    found = Renorm(layer.r_max if r_max is None else r_max, layer.d_max if d_max is None else d_max)
     if layer.renorm:
-        return partial(brn_train, **bounds)
-    given = " and ".join(f"{name}={value!r}" for name, value in bounds.items() if value is not None)
+        return found
+    given = " and ".join(f"{name}={value!r}" for name, value in found._asdict().items() if value is not None)
     if given:
         raise ValueError(f"BatchNorm got {given} with renorm=False: set renorm=True, or leave the bounds out")
-    return bn_train
+    return None
+
+
+def normalize(
+    layer: Any,
+    params: BNParams,
+    state: BNState,
+    x: jax.Array,
+    *,
+    axis: int,
+    dtype: Any,
+    average: bool,
+    mask: jax.Array | None,
+    residual: jax.Array | None,
+    renorm: Renorm | None,
+    alone: bool = False,
+) -> tuple[jax.Array, BNState]:
+    """y and the new state, by the layer's attributes; the state as it was with `average`, on which y is then based.
+
+    `alone`: whatever shares statistics or splits the batch does not exist here.
+    """
+    options: dict[str, Any] = dict(
+        axis=axis,
+        epsilon=layer.epsilon,
+        residual=residual,
+        activation=layer.activation,
+        dtype=dtype,
+        implementation=layer.implementation,
+    )
+    if average:
+        return bn_eval(params, state, x, **options), state
+    shared = layer.axis_name is not None and not alone
+    return bn_train(
+        params,
+        state,
+        x,
+        momentum=layer.momentum,
+        mask=full_rank_mask(mask, x),
+        virtual_batch_size=None if alone else layer.virtual_batch_size,
+        unbiased=layer.unbiased,
+        axis_name=layer.axis_name if shared else None,
+        axis_index_groups=layer.axis_index_groups if shared else None,
+        renorm=renorm,
+        **options,
+    )
 
 
 def left_to_flax(layer: Any, x: jax.Array, residual: jax.Array | None) -> bool:
@@ -60,7 +103,7 @@ def _reason(layer: Any, x: jax.Array) -> tuple[str, str]:
     for name, dtype in (("x of dtype", x.dtype), ("dtype", layer.dtype), ("param_dtype", layer.param_dtype)):
         if dtype is not None and jnp.dtype(dtype).name not in FLOATS:
             return f"{name} {jnp.dtype(dtype)}", f"use one of {', '.join(FLOATS)}"
-    if len(_axes(layer.axis, x)) != 1:
+    if len(feature_axes(layer.axis, x)) != 1:
         return f"axis={layer.axis!r}", "reshape x to a single feature axis"
     if not getattr(layer, "force_float32_reductions", True):  # linen alone has it
         return "force_float32_reductions=False", "leave force_float32_reductions at True"
@@ -69,11 +112,12 @@ def _reason(layer: Any, x: jax.Array) -> tuple[str, str]:
 
 def feature_axis(axis: Any, x: jax.Array) -> int:
     """The one feature axis, counted from the front; Flax also takes it inside a tuple."""
-    (one,) = _axes(axis, x)
+    (one,) = feature_axes(axis, x)
     return one
 
 
-def _axes(axis: Any, x: jax.Array) -> set[int]:
+def feature_axes(axis: Any, x: jax.Array) -> set[int]:
+    """One or several, as Flax takes them, counted from the front."""
     return {check_axis(each, x) for each in (axis if isinstance(axis, Iterable) else (axis,))}
 
 

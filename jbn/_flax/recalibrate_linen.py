@@ -11,11 +11,11 @@ import jax
 from flax.core import DenyList, copy, unfreeze
 
 from jbn._flax import recalibrate_shared
+from jbn._flax.nested import STATS, Path, at, put
 from jbn._functions.batch_norm import BNState
 from jbn._functions.moments import merge
 
-STATS, POOL = "batch_stats", "population"  # a variable that lives beside mean and var while a batch runs
-Path = tuple[str, ...]
+POOL = "population"  # a variable that lives beside mean and var while a batch runs
 
 
 def recalibrate(
@@ -79,10 +79,10 @@ def recalibrate(
             raise recalibrate_shared.nothing_trained()
         seeded = unfreeze(variables)[STATS]
         for path in unbiased:
-            at = _at(seeded, path)
-            seeded = _with(seeded, path, {**at, POOL: recalibrate_shared.empty_like(at["mean"])})
+            own = at(seeded, path)
+            seeded = put(seeded, path, {**own, POOL: recalibrate_shared.empty_like(own["mean"])})
         _, updates = run(copy(variables, {STATS: seeded}), rngs, args, _collect)
-        return {path: _at(updates[STATS], path)[POOL] for path in unbiased}
+        return {path: at(updates[STATS], path)[POOL] for path in unbiased}
 
     apply_options = inspect.signature(nn.Module.apply).parameters
     method = call.get("method") or "__call__"
@@ -94,9 +94,9 @@ def recalibrate(
         return step(variables, jax.tree.map(lambda key: jax.random.fold_in(key, number), rngs), args)
 
     for path, seen in recalibrate_shared.pool(numbered, batches, num_batches, progress).items():
-        at = _at(stats, path)
-        state = recalibrate_shared.new_state(BNState(at["mean"], at["var"]), seen, unbiased[path])
-        stats = _with(stats, path, {**at, **state._asdict()})
+        own = at(stats, path)
+        state = recalibrate_shared.new_state(BNState(own["mean"], own["var"]), seen, unbiased[path])
+        stats = put(stats, path, {**own, **state._asdict()})
     return copy(variables, {STATS: stats})
 
 
@@ -133,14 +133,3 @@ def _collect(layer: nn.Module, x: Any, mask: Any, before: list) -> None:
     pool = jax.tree.map(lambda new, old: new.astype(old.dtype), merge(pool, seen), pool)  # a scan's carry keeps types
     for name, value in zip(("mean", "var", POOL), (*before, pool), strict=True):
         layer.put_variable(STATS, name, value)
-
-
-def _at(tree: Any, path: Path) -> Any:
-    for name in path:
-        tree = tree[name]
-    return tree
-
-
-def _with(tree: Any, path: Path, value: Any) -> Any:
-    """A copy of the nested dict with `value` at `path`."""
-    return {**tree, path[0]: _with(tree[path[0]], path[1:], value)} if path else value

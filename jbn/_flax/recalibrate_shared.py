@@ -7,12 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jbn._flax.layer import feature_axis, full_rank_mask
+from jbn._flax.layer import feature_axes, feature_axis, full_rank_mask
 from jbn._functions.batch_norm import BNState
 from jbn._functions.checks import FLOATS, check_positive
-from jbn._functions.moments import Moments, merge, moments
-from jbn._functions.population import population_state
-from jbn._op.stream import merge_stream
+from jbn._functions.moments import Moments, merge, moments, population_state
+from jbn._op.merging import merge_stream
 
 
 def pool(step: Callable[[Any, int], Any], batches: Iterable, num_batches: int | None, progress: bool) -> Any:
@@ -30,8 +29,7 @@ def pool(step: Callable[[Any, int], Any], batches: Iterable, num_batches: int | 
 def layer_moments(layer: Any, x: Any, mask: Any, name: str) -> Moments:
     """Moments of what a Flax batch norm called `name` was given, the count `(C,)` as well."""
     x = jnp.asarray(x)
-    axes = {a % x.ndim for a in layer.axis} if isinstance(layer.axis, tuple | list) else {layer.axis}
-    if x.dtype.name not in FLOATS or len(axes) != 1:
+    if x.dtype.name not in FLOATS or len(feature_axes(layer.axis, x)) != 1:
         raise ValueError(
             f"batch norm {name} got x of dtype {x.dtype.name} with axis={layer.axis!r}, expected one of "
             f"{', '.join(FLOATS)} and a single feature axis: recalibrate has no moments of anything else"

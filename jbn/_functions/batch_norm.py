@@ -1,6 +1,8 @@
 """Batch normalization as pure functions: parameters and running state go in, the output and new state come out."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -9,12 +11,13 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jbn._functions import checks
+from jbn._functions.renorm import Renorm, check_renorm, corrected
 from jbn._functions.virtual import Virtual, check_virtual, each
-from jbn._op.merging import Moments, pool_along
-from jbn._op.normalize import Learned, Running, normalize_eval, normalize_train
+from jbn._op.merging import Statistics, pool_along
+from jbn._op.normalize import Running, Terms, normalize_eval, normalize_train
 from jbn._op.partition import beside
 from jbn._op.pieces import synchronise
-from jbn._op.plan import Options, Plan, choose, compute_dtype
+from jbn._op.plan import Options, Plan, compute_dtype, where
 from jbn._op.sync import Sync, splittable
 
 Activation = Literal["relu", "relu6", "leaky_relu", "silu", "hard_swish"]
@@ -80,12 +83,16 @@ def bn_train(
     axis_name: str | Sequence[str] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     implementation: Implementation | None = None,
+    renorm: Renorm | None = None,
 ) -> tuple[jax.Array, BNState]:
     """Normalises `x` with its own statistics, and moves the running state towards them.
 
     y = activation(scale · (x − mean) / √(var + epsilon) + bias + residual), where mean and var = Σ(x − mean)² / n are
     taken over all axes but `axis`, where `mask` is True; new state = momentum · state + (1 − momentum) · statistics.
-    Σ(x − mean)² has to be finite, which in float32 is √(n · var) < 1.8e19: beyond, the new var is infinite and x̂ is 0.
+    Units do not matter where every (x − mean)² is finite, in float32 |x − mean| < 1.8e19, and standard deviations are
+    beyond 1e-15; kernels need Σ(x − mean)² to be finite too. Past that the new var is infinite, and x̂ is 0.
+    In float32 the mean is rounded, as x was, and y errs by up to scale · 6e-8 · |mean| / std: what is left of the mean
+    would be one more vector for kernels to read and devices to exchange.
 
     Args:
       params: `BNParams`, vectors `(C,)` or None.
@@ -113,6 +120,7 @@ def bn_train(
         own. (Under plain `jit` they are global.)
       axis_index_groups: with one `axis_name`: equal groups of its indices that share statistics among themselves.
       implementation: "xla", "triton", or None to choose; a named one never falls back.
+      renorm: `jbn.Renorm(r_max, d_max)` corrects y towards the running state (batch renormalization, Ioffe 2017).
 
     Returns:
       y, of x's shape, and the new state, which carries no gradient.
@@ -122,20 +130,27 @@ def bn_train(
 
     Source: Ioffe, Szegedy (2015), Batch Normalization, algorithm 1 (https://arxiv.org/abs/1502.03167).
     """
-    plan, x, learned = _prepare(params, state, x, axis, epsilon, residual, activation, dtype, implementation)
+    plan, x, terms = _prepare(params, state, x, axis, epsilon, residual, activation, dtype, implementation)
     plan = plan._replace(centred=True)
     mask = checks.check_mask(mask, x)
-    plan = plan._replace(options=Options.of(activation, learned.residual, mask))
+    plan = plan._replace(options=Options.of(activation, terms.residual, mask))
     momentum = checks.check_between("momentum", momentum, 0, 1)
     sync = checks.check_names(axis_name, axis_index_groups)
     virtual = check_virtual(virtual_batch_size, x, plan.channel, sync)
     state = jax.tree.map(lax.stop_gradient, state)
     running = _running(plan, state, x)
 
+    renorm = check_renorm(renorm)
+
+    def normalize(plan, x, terms, mask):
+        if renorm is not None:
+            terms = corrected(renorm, plan, x, terms, mask, running)
+        return normalize_train(plan, x, terms, mask, running)
+
     if virtual is None:
-        y, seen = normalize_train(plan._replace(sync=sync), x, learned, mask, running)
+        y, seen = normalize(plan._replace(sync=sync), x, terms, mask)
     else:
-        y, seen = _normalize_virtual(plan, virtual, sync, x, learned, mask, running)
+        y, seen = _normalize_virtual(normalize, plan, virtual, sync, x, terms, mask)
     return y, _moved(state, seen, momentum, unbiased)
 
 
@@ -157,13 +172,13 @@ def bn_eval(
 
     Source: Ioffe, Szegedy (2015), Batch Normalization, algorithm 2 (https://arxiv.org/abs/1502.03167).
     """
-    plan, x, learned = _prepare(params, state, x, axis, epsilon, residual, activation, dtype, implementation)
-    return normalize_eval(plan, x, learned, _running(plan, state, x))
+    plan, x, terms = _prepare(params, state, x, axis, epsilon, residual, activation, dtype, implementation)
+    return normalize_eval(plan, x, terms, _running(plan, state, x))
 
 
 def _prepare(
     params, state, x, axis, epsilon, residual, activation, dtype, implementation
-) -> tuple[Plan, jax.Array, Learned]:
+) -> tuple[Plan, jax.Array, Terms]:
     """What training and inference share: checked arguments, vectors in the dtype of the arithmetic."""
     x = checks.check_input(x)
     channel = checks.check_axis(axis, x)
@@ -182,37 +197,38 @@ def _prepare(
         activation=activation,
         dtype=dtype,
         sync=Sync(),
-        sharded=splittable(),
+        may_partition=splittable(),
         implementation=implementation,
         options=Options.of(activation, residual, None),
     )
     kind = compute_dtype(x.dtype)
     scale, bias = (None if v is None else beside(jnp.asarray(v).astype(kind), x, channel) for v in params)
-    return plan, x, Learned(scale, bias, residual, jnp.asarray(epsilon).astype(kind)[None])
+    return plan, x, Terms(scale, bias, residual, jnp.asarray(epsilon).astype(kind)[None])
 
 
 def _running(plan: Plan, state: BNState, x) -> Running:
     return Running(*(beside(jnp.asarray(v).astype(compute_dtype(x.dtype)), x, plan.channel) for v in state))
 
 
-def _normalize_virtual(plan: Plan, virtual: Virtual, sync: Sync, x, learned: Learned, mask, running: Running):
+def _normalize_virtual(
+    normalize: Callable, plan: Plan, virtual: Virtual, sync: Sync, x, terms: Terms, mask
+) -> tuple[jax.Array, Statistics]:
     """y, each virtual batch normalised by itself, and the moments of all of them."""
     if virtual.members > 1:
-        y, seen = normalize_train(plan._replace(sync=virtual.sync), x, learned, mask, running)
+        y, seen = normalize(plan._replace(sync=virtual.sync), x, terms, mask)
         if virtual.sync == sync:
             return y, seen
-        share = seen._replace(count=seen.count / virtual.members, m2=seen.m2 / virtual.members)
+        share = seen._replace(count=seen.count / virtual.members)
         return y, synchronise(plan._replace(sync=sync), share)
 
-    def normalize(x, residual, mask):
-        own = plan._replace(sharded=splittable())
-        return normalize_train(own, x, learned._replace(residual=residual), mask, running)
+    def of_one(x, residual, mask):
+        return normalize(plan._replace(may_partition=splittable()), x, terms._replace(residual=residual), mask)
 
-    y, seen = each(normalize, virtual, x, learned.residual, mask, plan.implementation)
+    y, seen = each(of_one, virtual, x, terms.residual, mask, plan.implementation)
     return y, synchronise(plan._replace(sync=sync), pool_along(jax.tree.map(lax.stop_gradient, seen)))
 
 
-def _moved(state: BNState, seen: Moments, momentum, unbiased: bool) -> BNState:
+def _moved(state: BNState, seen: Statistics, momentum, unbiased: bool) -> BNState:
     """momentum · state + (1 − momentum) · statistics, where there were any; without gradient, in the state's dtypes."""
 
     def move(old, new):
@@ -225,6 +241,6 @@ def _moved(state: BNState, seen: Moments, momentum, unbiased: bool) -> BNState:
         return lax.stop_gradient(mixed.astype(old.dtype))
 
     def weighted(weight, value):
-        return choose(weight > 0, weight * value, 0)  # what has no weight may be NaN or inf
+        return where(weight > 0, weight * value, 0)  # what has no weight may be NaN or inf
 
     return BNState(move(state.mean, seen.mean), move(state.var, seen.variance(unbiased)))

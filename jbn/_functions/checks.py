@@ -163,7 +163,7 @@ def check_between(name: str, value, low: float, high: float):
 
 def check_names(axis_name, groups) -> Sync:
     """Who shares the statistics: the bound axis names, and their groups as tuples."""
-    names = () if axis_name is None else tuple(axis_name) if _several(axis_name) else (axis_name,)
+    names = axis_names(axis_name)
     for name in names:
         if _several(name) or not isinstance(name, Hashable):
             raise TypeError(
@@ -197,6 +197,11 @@ def check_names(axis_name, groups) -> Sync:
             f"axis {names[0]!r}, 0 to {size - 1}, once"
         )
     return Sync.over(names, found)
+
+
+def axis_names(axis_name) -> tuple:
+    """None, a name or a sequence of names as a tuple."""
+    return () if axis_name is None else tuple(axis_name) if _several(axis_name) else (axis_name,)
 
 
 def _several(axis_name) -> bool:

@@ -11,7 +11,7 @@ from jbn._functions.checks import check_between
 
 KERAS_CALLS = {  # options of Keras's layer that are arguments of ours, and where they go
     "axis": "give that axis to bn_train and bn_eval",
-    "renorm": "train with brn_train or renorm=True of the Flax modules, leave the weights of renorm out of weights",
+    "renorm": "give bn_train a jbn.Renorm or Flax modules renorm=True, leave the weights of renorm out of weights",
     "virtual_batch_size": "give it to bn_train",
     "synchronized": "under jit statistics are global anyway, in shard_map give bn_train an axis_name",
 }
@@ -167,11 +167,16 @@ def _complement(momentum: float) -> float:
     return round(1 - momentum, 15)  # 1 − 0.9 is not the float 0.1
 
 
-def array(value: Any):
-    """A tensor or array as JAX's, half precision as float32; tensors have methods, so that torch is not imported."""
+def numpy(value: Any) -> np.ndarray:
+    """Of a tensor or array; tensors have methods, so that torch is not imported."""
     if hasattr(value, "detach"):
         value = value.detach().cpu()
         if str(value.dtype) == "torch.bfloat16":  # NumPy has none
             value = value.float()
-    found = jnp.asarray(np.asarray(value))
+    return np.asarray(value)
+
+
+def array(value: Any):
+    """A tensor or array as JAX's, half precision as float32."""
+    found = jnp.asarray(numpy(value))
     return found.astype(jnp.float32) if found.dtype in (jnp.float16, jnp.bfloat16) else found

@@ -1,34 +1,45 @@
 """Whole models from PyTorch and back: where each layer goes, and what a state_dict does not say of it."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from jbn._functions.batch_norm import BNParams, BNState
-from jbn._functions.convert_layers import Layer, array, check_state_dict, from_torch, inside, to_torch
+from jbn._functions.convert_layers import Layer, array, check_state_dict, from_torch, inside, numpy, to_torch
+from jbn._functions.convert_match import match
 from jbn._functions.convert_parts import (
     LEAVES,
     TENSORS,
     Hint,
+    Kind,
+    Names,
     Part,
     channels_first,
     channels_last,
     check_hints,
+    check_kind,
+    check_names,
     check_order,
+    check_variables,
     checked_hint,
     flax_role,
+    leaves,
     part_of,
     tensors_of,
 )
 
-Kind = Literal["linen", "nnx"]
-Names = Mapping[str, Sequence[str | int]]  # of a PyTorch layer: its path in the Flax model
-
 
 def model_from_torch(
-    state_dict: Mapping[str, Any], names: Names, kind: Kind = "linen", hints: Mapping[str, Hint] | None = None
+    state_dict: Mapping[str, Any],
+    names: Names | None = None,
+    kind: Kind = "linen",
+    hints: Mapping[str, Hint] | None = None,
+    *,
+    variables: Mapping[Any, Any] | None = None,
 ) -> dict[Any, Any]:
     """The variables of a Flax model from a PyTorch model's state_dict.
 
@@ -37,7 +48,8 @@ def model_from_torch(
         a weight `(outputs, inputs)` and a bias, convolutions, which may be grouped, by a weight of higher rank
         `(outputs, inputs / groups, *window)`; Flax has `(inputs, outputs)` and `(*window, inputs / groups, outputs)`.
         Half precision becomes float32.
-      names: for each PyTorch layer its path in the Flax model, as `resnet50_names` gives them.
+      names: for each PyTorch layer its path in the Flax model, as `match` finds them; for a bare parameter, which is in
+        no such layer, the path that ends in its own name.
       kind: `"linen"` or `"nnx"`.
       hints: for some PyTorch layers what a state_dict does not say. `"dense"`: a dense layer without bias;
         `"embedding"`: `nn.Embedding`, whose weight looks alike and becomes `embedding`, `(entries, features)`;
@@ -46,30 +58,43 @@ def model_from_torch(
         dense layer or norm of flattened feature maps: PyTorch flattens in that order, Flax in the order (H, W, C).
         Where a layer's inputs are not as many as the channels before it, and there was a convolution, that has to be
         said; `"dense"` and `"norm"` deny it.
+      variables: of the Flax model, or their shapes: `names`, of which some or none may be given, and `hints` are then
+        found by `match`.
 
     Returns:
       For linen `{"params": …, "batch_stats": …}`; for nnx the nested dict that `nnx.replace_by_pure_dict` takes:
 
           state = nnx.state(model)
-          nnx.replace_by_pure_dict(state, model_from_torch(state_dict, resnet50_names("nnx"), "nnx"))
+          variables = nnx.to_pure_dict(state)
+          nnx.replace_by_pure_dict(state, model_from_torch(state_dict, kind="nnx", variables=variables))
           nnx.update(model, state)
 
     Raises:
       TypeError: `state_dict` is no mapping, a module for instance.
       KeyError: `names` has a layer that `state_dict` lacks.
       ValueError: two names lead to one path, `state_dict` has weights that belong to no layer of `names` or whose
-        layer it leaves open, or a hint does not fit.
+        layer it leaves open, or that are NaN, or a hint does not fit; with `variables`, what `match` raises.
     """
     check_state_dict(state_dict)
-    _check_kind(kind)
-    hints = check_hints(hints or {}, _check_names(names))
-    order = {name.rpartition(".")[0]: place for place, name in reversed(list(enumerate(state_dict)))}
+    check_kind(kind)
+    if variables is not None:
+        names, hints = match(state_dict, variables, kind, names=names, hints=hints)
+    if names is None:
+        raise TypeError("names is None, and so is variables: give the names, or the variables by which to find them")
+    for name, value in state_dict.items():
+        if np.isnan(numpy(value)).any():
+            raise ValueError(f"state_dict has NaN in {name}: give weights of a training that did not diverge")
+    hints = check_hints(hints or {}, check_names(names))
+    order = {name: place for place, name in enumerate(state_dict)}
     parts = [part_of(state_dict, prefix, hints.get(prefix)) for prefix in names]
-    check_order(sorted(parts, key=lambda part: order[inside(part.prefix)[:-1]]), hints)
+    check_order(sorted(parts, key=lambda part: min(order[name] for name in tensors_of(part) if name in order)), hints)
 
     params, stats = _trees(kind)
     for prefix, role, *_ in parts:
         at, path, hint = inside(prefix), names[prefix], hints.get(prefix)
+        if role == "parameter":
+            _put(params, path[:-1], {path[-1]: array(state_dict[prefix])})
+            continue
         if role == "batch norm":
             layer = from_torch(state_dict, prefix)
             _put(stats, path, {name: channels_last(v, hint) for name, v in layer.state._asdict().items()})
@@ -86,7 +111,7 @@ def model_from_torch(
             window = tuple(range(2, values[0].ndim))
             values[0] = jnp.transpose(jnp.flip(values[0], window), (*window, 0, 1))
         _put(params, path, dict(zip(LEAVES[role], values, strict=False)))
-    used = {inside(part.prefix) + name for part in parts for name in tensors_of(part.role)}
+    used = {name for part in parts for name in tensors_of(part)}
     if left := sorted(set(state_dict) - used):
         raise ValueError(f"state_dict has {len(left)} entries that no name leads to: {', '.join(left[:5])}: add them")
     return params if kind == "nnx" else {"params": params, "batch_stats": stats}
@@ -109,13 +134,16 @@ def model_to_torch(
       ValueError: two names lead to one path, `variables` has entries that no name leads to, what a layer sees is left
         open, or a hint does not fit.
     """
-    trees = _check_variables(variables, _check_kind(kind))
-    hints = check_hints(hints or {}, _check_names(names))
-    left = {path: value for tree in trees for path, value in _leaves(tree)}
+    trees = check_variables(variables, check_kind(kind))
+    hints = check_hints(hints or {}, check_names(names))
+    left = {path: value for tree in trees for path, value in leaves(tree)}
     tensors: dict[str, np.ndarray] = {}
     parts = []
     for prefix, path in names.items():
         at, hint = inside(prefix), hints.get(prefix)
+        if tuple(path) in left:
+            tensors[prefix] = np.asarray(left.pop(tuple(path)))
+            continue
         inner = [leaf for *start, leaf in left if start == list(path)]
         found: dict[str, Any] = {leaf: np.asarray(left[(*path, leaf)]) for leaf in inner}
         role = flax_role(found, hint)
@@ -147,70 +175,13 @@ def model_to_torch(
     return tensors
 
 
-def resnet50_names(kind: Kind = "linen") -> dict[str, tuple[str | int, ...]]:
-    """For every layer of torchvision's ResNet-50 its path in the `ResNet50`s of `experiments/material/models.py`."""
-    linen = _check_kind(kind) == "linen"
-    names: dict[str, tuple[str | int, ...]] = {
-        "conv1": ("Conv_0" if linen else "conv",),
-        "bn1": ("BatchNorm_0" if linen else "norm",),
-    }
-    blocks = [(stage, block) for stage, count in enumerate((3, 4, 6, 3), 1) for block in range(count)]
-    for number, (stage, block) in enumerate(blocks):
-        theirs, ours = f"layer{stage}.{block}", (f"Bottleneck_{number}",) if linen else ("blocks", number)
-        for i in range(3):
-            names[f"{theirs}.conv{i + 1}"] = (*ours, f"Conv_{i}" if linen else f"conv{i + 1}")
-            names[f"{theirs}.bn{i + 1}"] = (*ours, f"BatchNorm_{i}" if linen else f"norm{i + 1}")
-        if block == 0:
-            names[f"{theirs}.downsample.0"] = (*ours, "conv_shortcut")
-            names[f"{theirs}.downsample.1"] = (*ours, "norm_shortcut")
-    return names | {"fc": ("Dense_0" if linen else "dense",)}
-
-
-def _check_names(names: Names) -> Names:
-    taken: dict[tuple, str] = {}
-    for prefix, path in names.items():
-        if isinstance(path, str):
-            raise TypeError(f"names[{prefix!r}] is {path!r}, expected a path: give a tuple, e.g. ({path!r},)")
-        if (other := taken.setdefault(tuple(path), prefix)) != prefix:
-            shown = "/".join(map(str, path))
-            raise ValueError(f"names leads {other!r} and {prefix!r} to one path, {shown}: give each a path of its own")
-    return names
-
-
-def _check_variables(variables: Any, kind: str) -> list[Mapping[Any, Any]]:
-    """The trees of a model's variables."""
-    if not isinstance(variables, Mapping):
-        give = "nnx.to_pure_dict(nnx.state(model))" if kind == "nnx" else "what model.init returned"
-        raise TypeError(f"variables is a {type(variables).__name__}, expected a mapping: give {give}")
-    if kind == "linen" and "params" not in variables:
-        raise KeyError(
-            f"variables has no 'params' but {', '.join(map(str, variables))}: give {{'params': …, 'batch_stats': …}}, "
-            "or kind='nnx' for a model of nnx"
-        )
-    return [variables] if kind == "nnx" else [variables["params"], variables.get("batch_stats", {})]
-
-
-def _check_kind(kind: str) -> str:
-    if kind not in ("linen", "nnx"):
-        raise ValueError(f"kind is {kind!r}, expected 'linen' or 'nnx': give the Flax API that the model is written in")
-    return kind
-
-
 def _trees(kind: str) -> tuple[dict[Any, Any], dict[Any, Any]]:
     """Where params and statistics go: nnx has them in one tree."""
     params: dict[Any, Any] = {}
     return params, params if kind == "nnx" else {}
 
 
-def _leaves(tree: Mapping[Any, Any], path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, (*path, name))
-        else:
-            yield (*path, name), value
-
-
-def _put(tree: dict[Any, Any], path: Sequence[str | int], value: dict[str, Any]) -> None:
+def _put(tree: dict[Any, Any], path: Sequence[str | int], value: dict[Any, Any]) -> None:
     if value:
         for name in path:
             tree = tree.setdefault(name, {})

@@ -1,6 +1,6 @@
 """What a PyTorch layer is, by its tensors: and what they leave open has to be said."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -8,6 +8,8 @@ import numpy as np
 
 from jbn._functions.convert_layers import inside
 
+Kind = Literal["linen", "nnx"]
+Names = Mapping[str, Sequence[str | int]]  # of a PyTorch layer: its path in the Flax model
 Hint = Literal["dense", "norm", "embedding", "transposed"] | tuple[int, ...]
 TENSORS = ("weight", "bias")  # of a layer in a state_dict
 STATS = ("running_mean", "running_var", "num_batches_tracked")
@@ -18,6 +20,7 @@ LEAVES = {  # of a layer in Flax
     "dense": ("kernel", "bias"),
     "convolution": ("kernel", "bias"),
     "transposed": ("kernel", "bias"),
+    "parameter": (),  # of no layer: its path ends in its own name
 }
 HINTS = {
     "dense": ("dense",),
@@ -39,6 +42,8 @@ class Part(NamedTuple):
 
 def part_of(state_dict: Mapping[str, Any], prefix: str, hint: Any) -> Part:
     """What a PyTorch layer is, by what it has; refused where that leaves it open."""
+    if prefix in state_dict:
+        return checked_hint(Part(prefix, "parameter", 0, 0), hint)
     at = inside(prefix)
     shape = {name: np.shape(state_dict[at + name]) for name in (*TENSORS, *STATS) if at + name in state_dict}
     seen = f"{at}weight has shape {shape.get('weight')}"
@@ -96,6 +101,7 @@ def checked_hint(part: Part, hint: Any) -> Part:
 
 def check_order(parts: Sequence[Part], hints: Mapping[str, Hint]) -> None:
     """Refuses a layer that may see flattened feature maps, unless a hint says so or denies it."""
+    parts = [part for part in parts if part.role != "parameter"]
     convolved, flat, before = False, False, None
     for part, behind in zip(parts, [*parts[1:], None], strict=True):
         rows = part.role == "dense" or (part.role in FLAT and (behind is None or behind.role == "dense"))
@@ -126,17 +132,60 @@ def channels_first(value: Any, hint: Any) -> Any:
     return np.moveaxis(value.reshape(*window, channels, *value.shape[1:]), len(window), 0).reshape(value.shape)
 
 
-def tensors_of(role: str) -> tuple[str, ...]:
-    return (*TENSORS, *STATS) if role == "batch norm" else TENSORS[:1] if role == "embedding" else TENSORS
+def tensors_of(part: Part) -> list[str]:
+    """The names that a state_dict may have of it."""
+    if part.role == "parameter":
+        return [part.prefix]
+    leaves = (*TENSORS, *STATS) if part.role == "batch norm" else TENSORS[:1] if part.role == "embedding" else TENSORS
+    return [inside(part.prefix) + leaf for leaf in leaves]
 
 
-def check_hints(hints: Mapping[str, Any], names: Mapping[str, Any]) -> Mapping[str, Any]:
+def leaves(tree: Mapping[Any, Any], path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
+    """Paths and arrays of nested dicts."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, (*path, name))
+        else:
+            yield (*path, name), value
+
+
+def check_hints(hints: Mapping[str, Any], names: Container[str], where: str = "names") -> Mapping[str, Any]:
     for prefix, hint in hints.items():
         if prefix not in names:
-            raise ValueError(f"hints has {prefix!r}, which names has not: give hints of layers in names")
+            raise ValueError(f"hints has {prefix!r}, which {where} has not: give hints of layers in {where}")
         if not isinstance(hint, tuple) and hint not in HINTS:
             words = ", ".join(map(repr, HINTS))
             raise ValueError(
                 f"hints[{prefix!r}] is {hint!r}, expected one of {words} or sizes (C, H, W) of what is flat"
             )
     return hints
+
+
+def check_names(names: Names) -> Names:
+    taken: dict[tuple, str] = {}
+    for prefix, path in names.items():
+        if isinstance(path, str):
+            raise TypeError(f"names[{prefix!r}] is {path!r}, expected a path: give a tuple, e.g. ({path!r},)")
+        if (other := taken.setdefault(tuple(path), prefix)) != prefix:
+            shown = "/".join(map(str, path))
+            raise ValueError(f"names leads {other!r} and {prefix!r} to one path, {shown}: give each a path of its own")
+    return names
+
+
+def check_variables(variables: Any, kind: str) -> list[Mapping[Any, Any]]:
+    """The trees of a model's variables."""
+    if not isinstance(variables, Mapping):
+        give = "nnx.to_pure_dict(nnx.state(model))" if kind == "nnx" else "what model.init returned"
+        raise TypeError(f"variables is a {type(variables).__name__}, expected a mapping: give {give}")
+    if kind == "linen" and "params" not in variables:
+        raise KeyError(
+            f"variables has no 'params' but {', '.join(map(str, variables))}: give {{'params': …, 'batch_stats': …}}, "
+            "or kind='nnx' for a model of nnx"
+        )
+    return [variables] if kind == "nnx" else [variables["params"], variables.get("batch_stats", {})]
+
+
+def check_kind(kind: str) -> str:
+    if kind not in ("linen", "nnx"):
+        raise ValueError(f"kind is {kind!r}, expected 'linen' or 'nnx': give the Flax API that the model is written in")
+    return kind

@@ -1,5 +1,7 @@
 """What would run for a call of batch norm: implementation and reason, kernels, tiles, launches, bytes, collectives."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -113,15 +115,9 @@ def explain(
         for n, v in given.items()
     )
     axes = explain_shares.named_axes(axis_name, axis_size)
-    virtual, shared = None, False  # virtual batches, by several devices or members
+    virtual, shared = None, False
     if not axes:
-        virtual = check_virtual(virtual_batch_size, whole, channel, Sync())
-        virtual_batch_size = None
-        if virtual:
-            # for the kernels, as much of a virtual batch as a device holds
-            virtual_batch_size = math.gcd(virtual.size, x.shape[virtual.examples])
-            split = [n for a, n in enumerate(parts) if a not in (channel, virtual.examples)]
-            shared = virtual_batch_size != virtual.size or math.prod(split) > 1
+        virtual, virtual_batch_size, shared = _virtual(virtual_batch_size, whole, channel, x, parts)
     vector: Any = jax.ShapeDtypeStruct((x.shape[channel],), compute_dtype(x.dtype))
     params = BNParams(vector if use_scale else None, vector if use_bias else None)
     options: dict[str, Any] = dict(axis=axis, activation=activation, dtype=dtype, implementation=implementation)
@@ -141,11 +137,11 @@ def explain(
     if axes:
         sent = explain_collectives.by_name(sync, by_members, one, masked)
         shared = by_members is not None and by_members.members > 1
-        if math.prod(parts) > 1:
-            notes.append("what devices send for a sharded x besides axis_name is not told")
     else:
         members = math.prod(n for a, n in enumerate(parts) if a != channel)
         sent = explain_collectives.by_jit(members, virtual is not None, shared, one, masked)
+    if axes and math.prod(parts) > 1:
+        notes.append("what devices send for a sharded x besides axis_name is not told")
     if shared:
         notes.append(f"virtual batches are shared, by devices or members that hold parts of shape {x.shape}")
     return Explanation(
@@ -160,6 +156,16 @@ def explain(
         sent,
         tuple(notes),
     )
+
+
+def _virtual(size: int | None, whole, channel: int, x, parts: list[int]) -> tuple[Virtual | None, int | None, bool]:
+    """Virtual batches under `jit`, how much of one a device holds, and whether several devices hold one together."""
+    virtual = check_virtual(size, whole, channel, Sync())
+    if virtual is None:
+        return None, None, False
+    held = math.gcd(virtual.size, x.shape[virtual.examples])
+    split = [n for a, n in enumerate(parts) if a not in (channel, virtual.examples)]
+    return virtual, held, held != virtual.size or math.prod(split) > 1
 
 
 def _trace(

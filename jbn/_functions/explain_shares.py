@@ -57,7 +57,6 @@ def named_axes(axis_name: str | Sequence[str] | None, size: int | None) -> list[
         size = checks.check_positive("axis_size", size, "None or a positive integer", remedy)
         if axis_name is None:
             raise ValueError(f"axis_size is {size}, but axis_name is None: name the axis, or leave it out")
-    several = isinstance(axis_name, Sequence) and not isinstance(axis_name, str)
-    names: tuple[Any, ...] = () if axis_name is None else tuple(axis_name) if several else (axis_name,)
+    names = checks.axis_names(axis_name)
     sizes = [jax.device_count() if size is None else size, *(1 for _ in names[1:])]
     return list(zip(names, sizes, strict=False))

@@ -37,7 +37,7 @@ class Target(NamedTuple):
     platform: str
     device: Device | None  # the GPU, if it is one
 
-    def choose(self, piece: Piece) -> dispatch.Choice:
+    def runs_as(self, piece: Piece) -> dispatch.Choice:
         return dispatch.choose(piece.name, piece.plan, self.platform, *piece.operands, device=self.device)
 
     def obstacle(self, piece: Piece) -> str | None:
@@ -61,7 +61,7 @@ def pieces(jaxpr) -> Iterator[Piece]:
 def choice(target: Target, passes: dict[str, list[Piece]]) -> tuple[str | None, str, list[str]]:
     """The implementation of a call, why, and what else there is to say."""
     try:
-        choices = [(name, p, target.choose(p)) for name, found in passes.items() for p in found]
+        choices = [(name, p, target.runs_as(p)) for name, found in passes.items() for p in found]
     except NotImplementedError as error:
         return None, str(error), []
     by_kernels = [choice for *_, choice in choices if choice.implementation == "triton"]
@@ -82,7 +82,7 @@ def launches(target: Target, found: list[Piece]) -> tuple[KernelLaunch, ...]:
 
     told = []
     for p in found:
-        if target.device is not None and target.choose(p).implementation == "triton":
+        if target.device is not None and target.runs_as(p).implementation == "triton":
             for launch, loaded, stored in triton.launches_of(p.name, p.plan, target.device, *p.operands):
                 tile, threads = (launch.tiling.ROWS, launch.tiling.CHANNELS), 32 * launch.tiling.warps
                 told.append(KernelLaunch(launch.kernel.__name__, tile, launch.programs, threads, loaded, stored))

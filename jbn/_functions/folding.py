@@ -1,5 +1,7 @@
 """Batch norm folded into the linear layer before or behind it, so that inference pays nothing for it."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -10,7 +12,7 @@ from jbn._functions.batch_norm import BNParams, BNState
 from jbn._op.plan import compute_dtype
 
 
-def fold(
+def fold_into_previous(
     params: BNParams,
     state: BNState,
     kernel: ArrayLike,
@@ -52,7 +54,7 @@ def fold(
     return folded.astype(kernel.dtype), moved.astype(kernel.dtype)
 
 
-def fold_after(
+def fold_into_next(
     params: BNParams,
     state: BNState,
     kernel: ArrayLike,

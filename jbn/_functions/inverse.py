@@ -1,5 +1,7 @@
 """Batch norm undone: parameters that make it the identity, and the way back from its output to its input."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax import lax

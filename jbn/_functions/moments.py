@@ -1,18 +1,23 @@
-"""Count, mean and squared deviations of each channel: what batch norm needs from data."""
+"""Count, mean and squared deviations of each channel: what batch norm needs from data, and the state they give."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
+from jbn._functions.batch_norm import BNState
 from jbn._functions.checks import check_axis, check_input, check_mask, check_names
 from jbn._op import pieces
-from jbn._op.merging import Moments, merge_two
+from jbn._op.merging import Moments, merge_stream, merge_two
 from jbn._op.plan import Plan, compute_dtype, row_count
-from jbn._op.stream import merge_stream
 from jbn._op.sync import Sync, splittable
 
 
-def moments(x, *, axis: int = -1, mask=None, axis_name: str | Sequence[str] | None = None) -> Moments:
+def moments(
+    x: ArrayLike, *, axis: int = -1, mask: ArrayLike | None = None, axis_name: str | Sequence[str] | None = None
+) -> Moments:
     """Moments of every channel of `x`.
 
     Two passes after a shift by a value of the channel, so the variance never cancels: a constant channel has m2 = 0
@@ -38,7 +43,8 @@ def moments(x, *, axis: int = -1, mask=None, axis_name: str | Sequence[str] | No
     mask = check_mask(mask, x)
     out = pieces.synchronise(plan, pieces.local_moments(plan, x, mask))
     count = row_count(plan, x) * plan.sync.members if mask is None else out.count
-    return out._replace(count=jnp.asarray(count, out.mean.dtype))
+    count = jnp.asarray(count, out.mean.dtype)
+    return Moments(count, out.mean, out.var * count)
 
 
 def merge(*parts: Moments) -> Moments:
@@ -64,3 +70,26 @@ def merge(*parts: Moments) -> Moments:
     if total is None:
         raise ValueError("merge got no moments: give at least one, the channels of nothing are unknown")
     return total
+
+
+def population_state(moments: Moments, unbiased: bool = False) -> BNState:
+    """The state of exact statistics: mean = Σx / n and var = Σ(x − mean)² / n of all that `moments` saw.
+
+    Args:
+      moments: of the data set, as `jbn.moments` gives them for one array and `jbn.merge` for several.
+      unbiased: var = Σ(x − mean)² / max(n − 1, 1) instead, as Ioffe and Szegedy do and PyTorch stores.
+
+    Returns:
+      `BNState`, vectors `(C,)` in the moments' dtype. A channel of which nothing was seen gets mean 0 and var 1, as
+      from `bn_init`.
+
+    Raises:
+      TypeError: if `moments` is not `Moments`.
+
+    Source: Ioffe, Szegedy (2015), Batch Normalization, algorithm 2, step 10 (https://arxiv.org/abs/1502.03167),
+    with one variance over all values in place of the mean of the batches' variances.
+    """
+    if not isinstance(moments, Moments):
+        raise TypeError(f"moments is a {type(moments).__name__}, expected jbn.Moments: make it with jbn.moments(x)")
+    seen = jnp.asarray(moments.count) > 0
+    return BNState(jnp.where(seen, moments.mean, 0), jnp.where(seen, moments.variance(unbiased), 1))

@@ -1,6 +1,5 @@
 """Virtual batches: runs of examples that are normalised each by itself, wherever the devices' shares of them end."""
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +9,8 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jbn._functions.checks import check_positive
+from jbn._op.partition import axes_of, full, ways
+from jbn._op.plan import is_explicit
 from jbn._op.sync import UNSPLIT, Sync
 
 
@@ -81,14 +82,12 @@ def _split(value, examples: int, size: int):
     sharding = _explicit(value)
     if sharding is None:
         return value.reshape(new)
-    spec = (*sharding.spec, *(None,) * (value.ndim - len(sharding.spec)))
-    entry = spec[examples]
-    names = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+    spec = full(sharding.spec, value.ndim)
     outer, inner = (), ()
-    for name in names:
-        if not inner and new[examples] % _ways(sharding.mesh, (*outer, name)) == 0:
+    for name in axes_of(spec[examples]):
+        if not inner and new[examples] % ways(sharding.mesh, (*outer, name)) == 0:
             outer = (*outer, name)
-        elif size % _ways(sharding.mesh, (*inner, name)) == 0:
+        elif size % ways(sharding.mesh, (*inner, name)) == 0:
             inner = (*inner, name)
     spec = P(*spec[:examples], outer or None, inner or None, *spec[examples + 1 :])
     return lax.reshape(value, new, out_sharding=sharding.update(spec=spec))
@@ -97,11 +96,7 @@ def _split(value, examples: int, size: int):
 def _explicit(value):
     """The sharding in the value's type, where an explicit mesh splits it."""
     sharding = jax.typeof(value).sharding
-    return sharding if any(entry is not None for entry in sharding.spec) else None
-
-
-def _ways(mesh, names: tuple[str, ...]) -> int:
-    return math.prod(mesh.shape[name] for name in names)
+    return sharding if is_explicit(sharding) else None
 
 
 def _runs(sync: Sync, members: int) -> tuple[tuple[int, ...], ...]:

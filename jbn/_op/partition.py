@@ -12,7 +12,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jbn._op.plan import Plan, rows
+from jbn._op.plan import Plan, is_explicit, rows
 
 
 def split(local: Callable, uneven: Callable, combine: Callable | None, plan: Plan, sharding) -> Callable:
@@ -27,14 +27,9 @@ def split(local: Callable, uneven: Callable, combine: Callable | None, plan: Pla
         out = function(*flat)
         return combine(flat[0], out, names) if combine and names else out
 
-    if is_typed(sharding):  # which has to be even
+    if is_explicit(sharding):  # which has to be even
         return _by_type(partial(merged, local), local, plan, sharding)
     return _by_compiler(merged, local, uneven, plan, reduces=combine is not None)
-
-
-def is_typed(sharding) -> bool:
-    """Whether an explicit mesh says how an array is split; over an automatic one the compiler decides."""
-    return any(entry is not None for entry in sharding.spec)
 
 
 def _by_type(merged: Callable, local: Callable, plan: Plan, sharding) -> Callable:
@@ -93,29 +88,32 @@ def _by_compiler(merged: Callable, local: Callable, uneven: Callable, plan: Plan
 
 
 def _row_names(plan: Plan, spec) -> tuple[str, ...]:
-    return tuple(name for a in rows(plan, len(spec)) for name in _names(spec[a]))
+    return tuple(name for a in rows(plan, len(spec)) for name in axes_of(spec[a]))
 
 
 def beside(vector: jax.Array, x: jax.Array, channel: int) -> jax.Array:
     """A vector over the channels of x; over an explicit mesh resharded where what splits it splits x in another way."""
     split, spec = jax.typeof(vector).sharding, full(jax.typeof(x).sharding.spec, x.ndim)
-    used = {name for entry in spec for name in _names(entry)}
+    used = {name for entry in spec for name in axes_of(entry)}
     given, wanted = split.spec[0], spec[channel]
-    if given in (None, wanted) or (wanted is None and used.isdisjoint(_names(given))):
+    if given in (None, wanted) or (wanted is None and used.isdisjoint(axes_of(given))):
         return vector
     return jax.reshard(vector, NamedSharding(split.mesh, P(wanted)))
 
 
 def full(spec, ndim: int) -> tuple:
+    """A spec with an entry for each axis."""
     return (*spec, *(None,) * (ndim - len(spec)))
 
 
-def _names(entry) -> tuple[str, ...]:
+def axes_of(entry) -> tuple[str, ...]:
+    """The mesh axes that one entry of a spec splits over."""
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
 def ways(mesh, entry) -> int:
-    return math.prod(mesh.shape[name] for name in _names(entry))
+    """How many parts an axis is split into."""
+    return math.prod(mesh.shape[name] for name in axes_of(entry))
 
 
 def _vector_spec(plan: Plan, spec) -> P:

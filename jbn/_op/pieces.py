@@ -5,7 +5,7 @@ from jax.interpreters import ad
 from jax.sharding import NamedSharding
 
 from jbn._op import xla, xla_cpu
-from jbn._op.merging import Moments, merge_across
+from jbn._op.merging import Statistics, merge_across
 from jbn._op.plan import Plan, known_count
 from jbn._op.primitive import primitive
 from jbn._op.sync import Sync, add_across
@@ -13,7 +13,8 @@ from jbn._op.sync import Sync, add_across
 
 def _merge_devices(plan: Plan, x, out, names):
     static = len(out) == 2
-    seen = merge_across(Moments(known_count(plan, x, out[-1]) if static else out[0], *out[-2:]), Sync.over((names,)))
+    own = Statistics(known_count(plan, x, out[-1]) if static else out[0], *out[-2:])
+    seen = merge_across(own, Sync.over((names,)))
     return list(seen[1:] if static else seen)
 
 
@@ -21,8 +22,8 @@ def _add_devices(_plan: Plan, _x, out, names):
     return [*add_across(tuple(out[:2]), Sync.over((names,))), *out[2:]]
 
 
-def _merge_members(plan: Plan, count, mean, m2):
-    seen = merge_across(Moments(plan.count if count is None else count, mean, m2), plan.sync)
+def _merge_members(plan: Plan, count, mean, var):
+    seen = merge_across(Statistics(plan.count if count is None else count, mean, var), plan.sync)
     return seen[1:] if count is None else seen
 
 
@@ -79,14 +80,14 @@ tangent = primitive("tangent", xla.tangent, transpose=_tangent_transpose)
 _merge = primitive("merge", _merge_members, shared=True)
 
 
-def local_moments(plan: Plan, x, mask) -> Moments:
-    """Moments of this member's rows, `(*batch, C)`; the count is a Python integer unless mask or shape make it data."""
+def local_moments(plan: Plan, x, mask) -> Statistics:
+    """Statistics of this member's rows, `(*batch, C)`; the count is an integer unless mask or shape make it data."""
     seen = moments(plan, x, mask)
-    return Moments(known_count(plan, x, seen[-1]), *seen) if mask is None else Moments(*seen)
+    return Statistics(known_count(plan, x, seen[-1]), *seen) if mask is None else Statistics(*seen)
 
 
-def synchronise(plan: Plan, own: Moments) -> Moments:
-    """Moments of the rows of all that share, each with `own`.
+def synchronise(plan: Plan, own: Statistics) -> Statistics:
+    """Statistics of the rows of all that share, each with `own`.
 
     A primitive, though no kernel: a derivative under vmap may be traced where the axis that vmap named is bound no
     more, and then only a batching rule of our own knows what it is.
@@ -94,5 +95,5 @@ def synchronise(plan: Plan, own: Moments) -> Moments:
     if not plan.sync.names:
         return own
     if isinstance(own.count, int):
-        return Moments(own.count * plan.sync.members, *_merge(plan._replace(count=own.count), None, *own[1:]))
-    return Moments(*_merge(plan, *own))
+        return Statistics(own.count * plan.sync.members, *_merge(plan._replace(count=own.count), None, *own[1:]))
+    return Statistics(*_merge(plan, *own))

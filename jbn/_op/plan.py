@@ -27,12 +27,12 @@ class Plan(NamedTuple):
 
     channel: int  # position of the channel axis in x
     batch: int  # leading axes of x, each index of which is a batch of its own
-    count: int  # divides `Coefficients.spread` and sums; 1 where these are divided already
+    count: int  # divides sums; 1 where `Coefficients.weight` does
     centred: bool  # statistics are x's own, so derivatives flow through them
     activation: str | None
     dtype: jnp.dtype  # of y
     sync: Sync
-    sharded: bool  # whether `jit` may have split x over devices, by rules of our own
+    may_partition: bool  # whether `jit` may split x over devices, by rules of our own
     implementation: str | None  # "triton": kernels, or an error; "xla"; None for what measurements say
     options: Options | None = None  # of the batch norm that a piece is of, if it is of one
 
@@ -42,11 +42,11 @@ class Plan(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """The vectors of the affine map: y = scale · (x − mean) / √(spread / plan.count + epsilon) + bias."""
+    """The vectors of the affine map: y = scale · (x − mean) / √(var + epsilon) + bias."""
 
     mean: jax.Array  # (*batch, C)
-    spread: jax.Array  # (*batch, C)
-    weight: jax.Array | None  # (*batch, C), 1 / count where the count is data and `spread` divided already
+    var: jax.Array  # (*batch, C)
+    weight: jax.Array | None  # (*batch, C), 1 / count where the count is data
     epsilon: jax.Array  # (*batch, 1)
     scale: jax.Array | None  # (*batch, C)
     bias: jax.Array | None  # (*batch, C)
@@ -88,10 +88,15 @@ def compute_dtype(dtype) -> jnp.dtype:
     return jnp.dtype("float64" if jnp.dtype(dtype) == jnp.float64 else "float32")
 
 
-def choose(condition, value, otherwise):
+def is_explicit(sharding) -> bool:
+    """Whether an explicit mesh says, in a type, how an array is split; over an automatic one the compiler decides."""
+    return any(entry is not None for entry in sharding.spec)
+
+
+def where(condition, value, otherwise):
     """`jnp.where`, over an explicit mesh too, where it asks that all three are sharded alike: as `value` is."""
     sharding = jax.typeof(value).sharding
-    if any(entry is not None for entry in sharding.spec):
+    if is_explicit(sharding):
         condition = jax.reshard(jnp.broadcast_to(condition, value.shape), sharding)
         if jnp.ndim(otherwise):
             otherwise = jax.reshard(jnp.broadcast_to(otherwise, value.shape), sharding)

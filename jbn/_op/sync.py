@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jbn._op.jax_internals import varying
+
 UNSPLIT = "jbn_unsplit"  # an axis name, bound where XLA alone is to say how arrays are split over devices
 
 Groups = tuple[tuple[int, ...], ...] | None
@@ -48,7 +50,7 @@ def gather(value: jax.Array, sync: Sync) -> jax.Array:
     every = value
     if manual:
         # unchecked, JAX knows of nothing that varies, and the transpose of an "invarying" gather would be wrong
-        checked = not jax.typeof(value).mat.varying.isdisjoint(manual)
+        checked = not varying(value).isdisjoint(manual)
         every = lax.all_gather(value, manual, to="invarying" if checked else "varying")
     for name in sync.names:
         if name not in manual:  # vmap gathers one axis at a time
@@ -75,7 +77,7 @@ def add_across(values: tuple[jax.Array, ...], sync: Sync) -> tuple[jax.Array, ..
 
 def vary(value: jax.Array, names: Iterable[Any]) -> jax.Array:
     """Under `shard_map` with checks, a value that is equal on all devices along `names` marked as varying there."""
-    missing = tuple(sorted(set(names) - jax.typeof(value).mat.varying))
+    missing = tuple(sorted(set(names) - varying(value)))
     return lax.pcast(value, missing, to="varying") if missing else value
 
 

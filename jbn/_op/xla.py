@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jbn._op.activations import ACTIVATIONS
-from jbn._op.plan import Coefficients, Plan, choose, compute_dtype, rows
+from jbn._op.plan import Coefficients, Plan, compute_dtype, rows, where
 from jbn._op.sync import add_across
 
 
 def moments(plan: Plan, x, mask):
-    """Σ over the rows of each channel: `mean, Σ(x − mean)²`, and the count before them where there is a mask.
+    """Over the rows of each channel: `mean, Σ(x − mean)² / count`, and the count before them where there is a mask.
 
     Two passes after a shift by a value of the channel itself, so that nothing cancels: the mean is taken of
     x − pivot, which is exact for a constant channel whatever the constant.
@@ -27,20 +27,31 @@ def moments(plan: Plan, x, mask):
     if mask is None:
         size = math.prod(x.shape[a] for a in axes)
         pivot = lax.stop_gradient(typical_row(x, axes))  # the mean does not depend on it
-        mean = _vector(plan, pivot) + _vector(plan, _total(x - pivot, axes)) / max(size, 1)
-        m2 = _total(jnp.square(x - _spread(plan, mean, x.ndim)), axes)
-        return mean, _vector(plan, m2)
+        mean = pivot + _total(x - pivot, axes) / max(size, 1)
+        unit = _unit(pivot, mean)
+        var = _total(jnp.square((x - mean) * unit), axes) / (jnp.square(unit) * max(size, 1))
+        return _vector(plan, mean), _vector(plan, var)
     # what the mask is 1 along counts as often as x has entries there
     repeats = math.prod(x.shape[a] for a in axes if mask.shape[a] == 1)
     count = jnp.sum(mask, axes, keepdims=True, dtype=jnp.int32).astype(x.dtype) * repeats
     pivot = jnp.max(x, axes, keepdims=True, where=mask, initial=-jnp.inf)
-    pivot = lax.stop_gradient(choose(count > 0, pivot, 0))
+    pivot = lax.stop_gradient(where(count > 0, pivot, 0))
     size = jnp.maximum(count, 1)
-    mean = pivot + _total(choose(mask, x - pivot, 0), axes) / size
+    mean = pivot + _total(where(mask, x - pivot, 0), axes) / size
+    unit = _unit(pivot, mean)
     # chosen before it is squared: the derivative of a square that is not chosen may be NaN
-    m2 = _total(jnp.square(choose(mask, x - mean, 0)), axes)
+    var = _total(jnp.square(where(mask, x - mean, 0) * unit), axes) / (jnp.square(unit) * size)
     count = jnp.broadcast_to(count, mean.shape)
-    return tuple(_vector(plan, v) for v in (count, mean, m2))
+    return tuple(_vector(plan, v) for v in (count, mean, var))
+
+
+def _unit(pivot, mean):
+    """A power of two, in which up to 2⁴⁰ squares of x − mean add up to what is finite if each of them is.
+
+    What lies far out has its mean, or else the value that is the pivot, beyond 1; then what it takes from the least
+    squares is no more than rounding.
+    """
+    return where(jnp.maximum(jnp.abs(pivot), jnp.abs(mean)) > 1, jnp.full_like(mean, 2.0**-20), 1)
 
 
 def apply(plan: Plan, x, coef: Coefficients, residual, mask=None):
@@ -73,7 +84,7 @@ def tangent(plan: Plan, x, coef: Coefficients, residual, mask, moved):
         dx = dx.astype(out.dtype)
         if plan.centred:
             axes = rows(plan, x.ndim)
-            seen = dx if mask is None else choose(mask, dx, 0)
+            seen = dx if mask is None else where(mask, dx, 0)
             sums = add_across(tuple(_vector(plan, _total(v, axes)) for v in (seen, seen * xhat)), plan.sync)
             dx = dx - _projection(plan, coef, xhat, sums)
         out += dx * map_.slope
@@ -121,9 +132,23 @@ def gradient_input(plan: Plan, x, coef: Coefficients, residual, mask, dy, sums, 
     dz = dx = _through_activation(plan, dy, centred, map_, coef, residual, mask)
     if plan.centred:
         pull = _projection(plan, coef, centred * map_.rstd, sums)
-        dx = dz - (pull if mask is None else choose(mask, pull, 0))
+        dx = dz - (pull if mask is None else where(mask, pull, 0))
     dx = (dx * map_.slope).astype(x.dtype)
     return (dx,) if residual is None else (dx, dz.astype(residual.dtype))
+
+
+@jax.custom_jvp
+def inverse_std(var, epsilon):
+    """1 / √(var + epsilon)."""
+    return lax.rsqrt(var + epsilon)
+
+
+@inverse_std.defjvp
+def _inverse_std_jvp(primals, tangents):
+    rstd = inverse_std(*primals)
+    dvar, depsilon = tangents
+    # factor by factor: the cube of 1e-13 is 0, and that of 1e13 infinite
+    return rstd, -0.5 * rstd * (rstd * (rstd * (dvar + depsilon)))
 
 
 class _Map(NamedTuple):
@@ -135,11 +160,11 @@ class _Map(NamedTuple):
 
 
 def _map(plan: Plan, x, coef: Coefficients, above=jnp.greater) -> _Map:
-    rstd = lax.rsqrt(coef.spread / plan.count + coef.epsilon)
+    rstd = inverse_std(coef.var, coef.epsilon)
     slope = rstd if coef.scale is None else rstd * coef.scale
-    # The mean in any case. But XLA merges equal expressions, and x − mean, shared by a reduction and another pass, is
-    # then written to memory at x's size and read again; made to look different it is computed in either for nothing.
-    mean = choose(above(rstd, 0), coef.mean, 0)
+    # This is the mean in any case: the choice only makes x − mean look different in one of the backward's two passes.
+    # Of equal expressions XLA would compute one, write it to memory at x's size and read it again; two cost nothing.
+    mean = where(above(rstd, 0), coef.mean, 0)
     return _Map(*(_spread(plan, v, x.ndim) for v in (mean, rstd, slope)))
 
 
@@ -147,14 +172,14 @@ def _seen(x, dy, mask):
     """ȳ; 0 where it is not finite because x, masked, is not: 0 · NaN of a loss that masks y after squaring it."""
     if mask is None:
         return dy
-    return choose(mask | jnp.isfinite(x) | jnp.isfinite(dy), dy, 0)
+    return where(mask | jnp.isfinite(x) | jnp.isfinite(dy), dy, 0)
 
 
 def _centred(x, map_: _Map, mask):
     """x − mean; 0 at a masked position that is not finite, so that it reaches no other in a derivative."""
     x = x.astype(map_.mean.dtype)
     if mask is not None:
-        x = choose(mask | jnp.isfinite(x), x, map_.mean)
+        x = where(mask | jnp.isfinite(x), x, map_.mean)
     return x - map_.mean
 
 
@@ -165,7 +190,7 @@ def _linear(plan: Plan, centred, map_: _Map, coef: Coefficients, residual, mask)
         z += _spread(plan, coef.bias, z.ndim)
     if residual is not None:
         residual = residual.astype(z.dtype)
-        z += residual if mask is None else choose(mask | jnp.isfinite(residual), residual, 0)
+        z += residual if mask is None else where(mask | jnp.isfinite(residual), residual, 0)
     return z
 
 
@@ -175,7 +200,7 @@ def _through_activation(plan: Plan, moved, centred, map_: _Map, coef: Coefficien
     if plan.activation is None:
         return moved
     slope = ACTIVATIONS[plan.activation].slope(_linear(plan, centred, map_, coef, residual, mask))
-    return choose(slope, moved, 0) if slope.dtype == bool else moved * slope
+    return where(slope, moved, 0) if slope.dtype == bool else moved * slope
 
 
 def _projection(plan: Plan, coef: Coefficients, xhat, sums):

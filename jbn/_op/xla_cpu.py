@@ -5,6 +5,7 @@ to part by one loop with both results, whose few steps the compiler unrolls and 
 is summed as it is.
 """
 
+import math
 from collections.abc import Iterable
 
 import jax.numpy as jnp
@@ -14,14 +15,16 @@ from jbn._op import xla
 from jbn._op.plan import Coefficients, Plan, compute_dtype, row_count
 
 LITTLE = 2**14  # elements of a batch that are reduced as they are
-# Into how many equal parts rows are cut: the first that divides them. More would not be unrolled, fewer leave more.
+# Rows are cut into equal parts, of the first number here that divides them. A loop over more parts is not unrolled;
+# of fewer, each is longer, and within a part rows are summed the slow way.
 PARTS = (*range(8, 15), 7, 6, 5, 4)  # with an activation's derivative in the loop
 PLAIN_PARTS = range(32, 11, -1)
 HALF_PARTS = range(24, 11, -1)  # each number is converted
+UNIT = 2.0**-4  # in which the squares of so many parts' distances add up to what is finite if (x − mean)² is
 
 
 def moments(plan: Plan, x, mask):
-    """`mean, Σ(x − mean)²`, and the count before them where there is a mask.
+    """`mean, Σ(x − mean)² / count`, and the count before them where there is a mask.
 
     The i-th rows of all P parts make a group, with sums s, q of its distances d from its first row and their squares.
     Its own Σ(x − mean)² = q − s²/P cancels by no more than P times rounding, as q ≤ P · (q − s²/P) with one d = 0.
@@ -29,18 +32,21 @@ def moments(plan: Plan, x, mask):
     """
     parts = _parts(plan, x, PLAIN_PARTS if x.dtype.itemsize > 2 else HALF_PARTS)
     if mask is not None or parts is None:
+        behind = x.shape[plan.channel + 1 :]
+        if mask is None and len(behind) > 1:  # as one axis: loops of few steps over several are not vectorised
+            x = x.reshape(*x.shape[: plan.channel + 1], math.prod(behind))
         return xla.moments(plan, x, mask)
     groups = row_count(plan, x) // parts
     cut = _cut(plan, x.astype(compute_dtype(x.dtype)), parts)
     first = lax.slice_in_dim(cut, 0, 1, axis=plan.batch)
     distance = cut - first
-    s, q = _add_parts(plan, distance, jnp.square(distance))
+    s, q = _add_parts(plan, distance, jnp.square(distance * UNIT))
     first = jnp.squeeze(first, plan.batch)
     pivot = xla.typical_row(first, (plan.batch,))
     off = first - pivot + s / parts  # a group's mean
     shift = jnp.sum(off, plan.batch, keepdims=True) / groups
-    m2 = jnp.sum(q - jnp.square(s * parts**-0.5) + parts * jnp.square(off - shift), plan.batch)
-    return jnp.squeeze(pivot + shift, plan.batch), m2
+    m2 = q - jnp.square(s * (UNIT * parts**-0.5)) + parts * jnp.square((off - shift) * UNIT)  # times UNIT²
+    return jnp.squeeze(pivot + shift, plan.batch), jnp.sum(m2 / groups, plan.batch) / (parts * UNIT**2)
 
 
 def gradient_sums(plan: Plan, x, coef: Coefficients, residual, mask, dy):

@@ -1,11 +1,13 @@
 """The experiments' machinery: command line, files, data, training loop, and the two experiments on small input."""
 
+import inspect
 import json
 import os
 import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from experiments.__main__ import execute, main, restart_with
 from experiments.benchmarks import speed
 from experiments.framework import catalog
 from experiments.framework.catalog import discover
+from experiments.framework.experiment import Job, Study
 from experiments.framework.record import Options, Results, replacing
 from experiments.material import cases
 from experiments.material.data import Split, bikes, vowels
@@ -91,10 +94,15 @@ def test_bad_arguments(arguments, message, capsys):
 
 
 def test_every_experiment_can_be_started():
-    """What is listed has what the command line calls."""
+    """What is listed has what the framework uses, with the arguments that it gives."""
     for name, entry in discover().items():
-        needed = {"CLAIMS", "measure", "effects"} if entry.is_claim else {"run", "table"}
-        assert {*needed, "figure"} <= entry.defines, name
+        kind = Study if entry.is_claim else Job
+        experiment = catalog.load(entry)
+        for member in {name for name in (*vars(kind), *get_type_hints(kind)) if not name.startswith("_")}:
+            assert hasattr(experiment, member), f"{name} has no {member}"
+            if callable(wanted := getattr(kind, member, None)):
+                found = list(inspect.signature(getattr(experiment, member)).parameters)
+                assert found == list(inspect.signature(wanted).parameters)[1:], f"{name}.{member} takes {found}"
 
 
 @pytest.mark.parametrize("index", [0, 1])

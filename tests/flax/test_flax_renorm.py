@@ -1,4 +1,4 @@
-"""The Flax modules' `renorm`: `brn_train` with what the module holds, under bounds of the call or of the layer."""
+"""The Flax modules' `renorm`: `bn_train` with what the module holds, under bounds of the call or of the layer."""
 
 import flax.linen as nn
 import jax
@@ -45,7 +45,7 @@ def nnx_step(options, x, dy, **call):
 
 def function_step(options, x, dy, **call):
     def apply(params, x):
-        return jbn.brn_train(params, STATE, x, **options, **call)
+        return jbn.bn_train(params, STATE, x, **options, **call)
 
     y, pullback, new = jax.vjp(apply, PARAMS, x, has_aux=True)
     return y, new, *pullback(dy.astype(y.dtype))
@@ -60,12 +60,12 @@ OPTIONS = {
 
 @STEPS
 @pytest.mark.parametrize("name", OPTIONS)
-def test_it_is_brn_train(step, name):
+def test_it_is_bn_train(step, name):
     (x, dy), residual = inputs((8, 2, 3)), inputs((8, 2, 3), seed=3)[0]
     mask = np.random.default_rng(4).random((8, 2, 1)) < 0.8
     call = {} if name == "plain" else {"mask": jnp.asarray(mask), "residual": residual}
     run = jax.jit(lambda x, dy: step({"renorm": True, **BOUNDS, **OPTIONS[name]}, x, dy, **call))
-    want = jax.jit(lambda x, dy: function_step(BOUNDS | OPTIONS[name], x, dy, **call))
+    want = jax.jit(lambda x, dy: function_step({"renorm": jbn.Renorm(**BOUNDS), **OPTIONS[name]}, x, dy, **call))
     assert_same(run(x, dy), want(x, dy), n=16)
 
 
@@ -95,7 +95,7 @@ def test_traced_bounds_of_a_schedule(step):
 
     for number in range(3):
         bound = float(schedule(number))
-        want = function_step({"r_max": bound, "d_max": bound - 1}, x, dy)
+        want = function_step({"renorm": jbn.Renorm(bound, bound - 1)}, x, dy)
         assert_same(run(jnp.int32(number), x, dy), want, n=8)
     assert len(traces) == 1
 
@@ -139,7 +139,7 @@ def test_an_nnx_view_gives_the_bounds_of_a_step_to_every_layer():
         assert_same(nnx.view(nnx.clone(model), **bounds)(x), run(nnx.clone(model), **bounds), n=8)  # not traced, too
     y = run(model, jnp.float32(1.5), jnp.float32(0.4))
     want = Net(nnx.Rngs(0))
-    first, state = jbn.brn_train(*jbn.bn_init(3), x, **BOUNDS)
+    first, state = jbn.bn_train(*jbn.bn_init(3), x, renorm=jbn.Renorm(**BOUNDS))
     assert_same(y, want.plain(first), n=8)
     assert_same(model.first.var[...], state.var, n=8)
     assert model.first.r_max is model.plain.r_max is None
@@ -157,7 +157,7 @@ def test_shared_over_an_axis():
     y, new = jax.vmap(lambda x: layer.apply(variables, x, mutable=["batch_stats"]), axis_name="d", out_axes=(0, None))(
         x
     )
-    want, state = jbn.brn_train(*jbn.bn_init(3), x.reshape(16, 3), **BOUNDS)
+    want, state = jbn.bn_train(*jbn.bn_init(3), x.reshape(16, 3), renorm=jbn.Renorm(**BOUNDS))
     assert_same(y.reshape(16, 3), want, n=16)
     assert_same(new["batch_stats"], state._asdict(), n=16)
 

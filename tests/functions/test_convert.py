@@ -11,7 +11,7 @@ from flax import nnx
 from oracle import assert_close
 
 import jbn
-from experiments.material.models import NnxResNet50, ResNet50
+from experiments.material.models import NnxResNet50, ResNet50, resnet50_names
 from jbn import convert
 
 C = 4
@@ -210,7 +210,7 @@ def resnet50_state_dict():
 def test_resnet50():
     tensors = resnet50_state_dict()
     assert sum(v.size for k, v in tensors.items() if k.endswith(("weight", "bias"))) == 25_557_032
-    got = convert.model_from_torch(tensors, convert.resnet50_names())
+    got = convert.model_from_torch(tensors, resnet50_names())
     image = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
     want = jax.eval_shape(lambda key, x: ResNet50().init(key, x, train=False), jax.random.key(0), image)
     shapes = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype.name), tree)  # noqa: E731
@@ -241,7 +241,7 @@ def test_resnet50():
 def test_resnet50_round_trip(kind):
     """What goes to Flax comes back, every name and value; what came is what the model has."""
     tensors = resnet50_state_dict()
-    names = convert.resnet50_names(kind)
+    names = resnet50_names(kind)
     got = convert.model_from_torch(tensors, names, kind)
     back = convert.model_to_torch(got, names, kind)
     assert back.keys() == tensors.keys()
@@ -304,7 +304,7 @@ DENSE = {"a.weight": np.ones((2, 2)), "a.bias": np.ones(2)}
         (
             lambda: convert.from_keras([*weights(), 0, 0], {"renorm": True}),
             ValueError,
-            "renorm=True, .*: train with brn_train or renorm=True of the Flax modules, leave the weights of renorm out",
+            "renorm=True, .*: give bn_train a jbn.Renorm or Flax modules renorm=True, leave the weights of renorm out",
         ),
         (
             lambda: convert.from_keras(weights(), {"virtual_batch_size": 8}),
@@ -350,7 +350,7 @@ DENSE = {"a.weight": np.ones((2, 2)), "a.bias": np.ones(2)}
             ValueError,
             "1 entries that no name leads to: A/gain",
         ),
-        (lambda: convert.resnet50_names("keras"), ValueError, "kind is 'keras', expected 'linen' or 'nnx'"),
+        (lambda: convert.model_to_torch({}, {}, "keras"), ValueError, "kind is 'keras', expected 'linen' or 'nnx'"),
         (
             lambda: convert.model_to_torch({}, {"a": ("A", 0)}, "nnx"),
             KeyError,

@@ -11,7 +11,7 @@ import pytest
 from oracle import assert_close
 
 import jbn
-from jbn._functions.folding import fold, fold_after
+from jbn._functions.folding import fold_into_next, fold_into_previous
 
 C, EPSILON = 4, 1e-2
 conv = functools.partial(nn.Conv, C)
@@ -67,7 +67,9 @@ def test_layer_before(name):
     weights, x = layer_and_input(layer, shape)
     for params, state in (norm(), norm(scale=False), norm(bias=False)):
         want = jbn.bn_eval(params, state, layer.apply({"params": weights}, x), epsilon=EPSILON)
-        kernel, bias = fold(params, state, weights["kernel"], weights.get("bias"), axis=axis, epsilon=EPSILON)
+        kernel, bias = fold_into_previous(
+            params, state, weights["kernel"], weights.get("bias"), axis=axis, epsilon=EPSILON
+        )
         assert kernel.shape == weights["kernel"].shape and bias.shape == (C,)
         assert_close(folded(layer, kernel, bias)(x), want, n=weights["kernel"].size)
 
@@ -78,7 +80,7 @@ def test_layer_behind(name):
     weights, x = layer_and_input(layer, shape)
     for params, state in (norm(), norm(scale=False), norm(bias=False)):
         want = layer.apply({"params": weights}, jbn.bn_eval(params, state, x, epsilon=EPSILON))
-        kernel, bias = fold_after(params, state, weights["kernel"], weights.get("bias"), epsilon=EPSILON)
+        kernel, bias = fold_into_next(params, state, weights["kernel"], weights.get("bias"), epsilon=EPSILON)
         assert kernel.shape == weights["kernel"].shape
         assert_close(folded(layer, kernel, bias)(x), want, n=weights["kernel"].size)
 
@@ -88,7 +90,7 @@ def test_layer_behind_with_zeros_around():
     layer, (params, state) = nn.Conv(3, (3, 3), padding="SAME"), norm()
     weights, x = layer_and_input(layer, (2, 5, 5, C))
     want = layer.apply({"params": weights}, jbn.bn_eval(params, state, x, epsilon=EPSILON))
-    kernel, bias = fold_after(params, state, weights["kernel"], weights["bias"], epsilon=EPSILON)
+    kernel, bias = fold_into_next(params, state, weights["kernel"], weights["bias"], epsilon=EPSILON)
     got = folded(layer, kernel, bias)(x)
     assert_close(got[:, 1:-1, 1:-1], want[:, 1:-1, 1:-1], n=kernel.size)
     assert np.max(np.abs(got - want)) > 0.1
@@ -99,7 +101,7 @@ def test_layer_behind_with_zeros_around():
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
-@pytest.mark.parametrize("function", [fold, fold_after])
+@pytest.mark.parametrize("function", [fold_into_previous, fold_into_next])
 def test_dtypes(function, dtype):
     """Weights keep their dtype and lose no more than its rounding."""
     with jax.enable_x64(dtype == np.float64):
@@ -109,7 +111,7 @@ def test_dtypes(function, dtype):
         slope = params.scale / np.sqrt(state.var.astype(float) + EPSILON)
         shift = params.bias - state.mean * slope
         wide = kernel.astype(float)
-        if function is fold:
+        if function is fold_into_previous:
             want = wide * slope, bias * slope + shift
         else:
             want = wide * slope[:, None], bias.astype(float) + shift @ wide
@@ -123,7 +125,7 @@ def test_several_feature_axes():
     rng = np.random.default_rng(0)
     kernel, x = rng.normal(size=(5, 3, C)).astype(np.float32), rng.normal(size=(2, 5)).astype(np.float32)
     params, state = norm()
-    got, bias = fold(params, state, kernel, epsilon=EPSILON)
+    got, bias = fold_into_previous(params, state, kernel, epsilon=EPSILON)
     dense = functools.partial(jnp.einsum, "ni,ijc->njc", x)
     assert_close(dense(got) + bias, jbn.bn_eval(params, state, dense(kernel), epsilon=EPSILON), n=5)
 
@@ -131,28 +133,46 @@ def test_several_feature_axes():
 def test_under_transformations():
     params, state = norm()
     kernel = np.random.default_rng(0).normal(size=(2, 3, C)).astype(np.float32)
-    each = jax.jit(jax.vmap(lambda k: fold(params, state, k)))(kernel)
+    each = jax.jit(jax.vmap(lambda k: fold_into_previous(params, state, k)))(kernel)
     for i in range(2):
-        for got, want in zip((each[0][i], each[1][i]), fold(params, state, kernel[i]), strict=True):
+        for got, want in zip((each[0][i], each[1][i]), fold_into_previous(params, state, kernel[i]), strict=True):
             assert_close(got, want)
-    grads = jax.grad(lambda *a: sum(v.sum() for v in fold(*a)), argnums=(0, 1, 2))(params, state, kernel[0])
+    grads = jax.grad(lambda *a: sum(v.sum() for v in fold_into_previous(*a)), argnums=(0, 1, 2))(
+        params, state, kernel[0]
+    )
     assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads))
 
 
 @pytest.mark.parametrize(
     "call, kind, message",
     [
-        (lambda p, s: fold(p, s, np.ones((3, 5))), ValueError, r"params\.scale has shape \(4,\), expected \(5,\)"),
-        (lambda p, s: fold(s, p, np.ones((3, C))), TypeError, r"params is a BNState, expected jbn\.BNParams"),
-        (lambda p, s: fold(p, s, np.ones((3, C), int)), TypeError, "kernel has dtype int"),
-        (lambda p, s: fold(p, s, np.ones(C)), ValueError, r"kernel has shape \(4,\), expected rank >= 2"),
-        (lambda p, s: fold(p, s, np.ones((3, C)), np.ones(3)), ValueError, r"bias has shape \(3,\), expected \(4,\)"),
-        (lambda p, s: fold(p, s, np.ones((3, C)), axis=2), ValueError, "axis is 2, out of range"),
-        (lambda p, s: fold(p, s, np.ones((3, C)), epsilon=-1), ValueError, "epsilon is -1"),
-        (lambda p, s: fold_after(p, s, np.ones((3, 5))), ValueError, r"kernel has shape \(3, 5\).* 4 channels"),
-        (lambda p, s: fold_after(p, s, np.ones((2, 5))), ValueError, "with outputs a multiple of groups"),
-        (lambda p, s: fold_after(p, s, np.ones((C, 5)), np.ones(4)), ValueError, r"bias has shape \(4,\)"),
-        (lambda p, s: fold_after(p, (1, 2), np.ones((1, 5))), TypeError, r"state is a tuple, expected jbn\.BNState"),
+        (
+            lambda p, s: fold_into_previous(p, s, np.ones((3, 5))),
+            ValueError,
+            r"params\.scale has shape \(4,\), expected \(5,\)",
+        ),
+        (
+            lambda p, s: fold_into_previous(s, p, np.ones((3, C))),
+            TypeError,
+            r"params is a BNState, expected jbn\.BNParams",
+        ),
+        (lambda p, s: fold_into_previous(p, s, np.ones((3, C), int)), TypeError, "kernel has dtype int"),
+        (lambda p, s: fold_into_previous(p, s, np.ones(C)), ValueError, r"kernel has shape \(4,\), expected rank >= 2"),
+        (
+            lambda p, s: fold_into_previous(p, s, np.ones((3, C)), np.ones(3)),
+            ValueError,
+            r"bias has shape \(3,\), expected \(4,\)",
+        ),
+        (lambda p, s: fold_into_previous(p, s, np.ones((3, C)), axis=2), ValueError, "axis is 2, out of range"),
+        (lambda p, s: fold_into_previous(p, s, np.ones((3, C)), epsilon=-1), ValueError, "epsilon is -1"),
+        (lambda p, s: fold_into_next(p, s, np.ones((3, 5))), ValueError, r"kernel has shape \(3, 5\).* 4 channels"),
+        (lambda p, s: fold_into_next(p, s, np.ones((2, 5))), ValueError, "with outputs a multiple of groups"),
+        (lambda p, s: fold_into_next(p, s, np.ones((C, 5)), np.ones(4)), ValueError, r"bias has shape \(4,\)"),
+        (
+            lambda p, s: fold_into_next(p, (1, 2), np.ones((1, 5))),
+            TypeError,
+            r"state is a tuple, expected jbn\.BNState",
+        ),
     ],
 )
 def test_errors(call, kind, message):

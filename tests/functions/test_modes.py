@@ -17,7 +17,7 @@ from oracle import assert_close
 import jbn
 import jbn.linen
 import jbn.nnx
-from jbn._functions.population import population_state
+from jbn._functions.moments import population_state
 from jbn._op import xla_cpu
 
 LITTLE, LARGE = (12, 4), (528, 32)
@@ -81,7 +81,8 @@ def of_nnx(d):
 
 def folded(d):
     kernel = np.arange(20, dtype=np.float32).reshape(5, 4)
-    before, after = jbn.fold(d["params"], d["state"], kernel), jbn.fold_after(d["params"], d["state"], kernel.T)
+    before = jbn.fold_into_previous(d["params"], d["state"], kernel)
+    after = jbn.fold_into_next(d["params"], d["state"], kernel.T)
     return before, after, jbn.denormalize(d["params"], d["state"], d["x"]), jbn.identity_params(d["state"])
 
 
@@ -104,7 +105,7 @@ ONCE = {
     "nothing seen": lambda d: train(d, d["x"], mask=d["mask"] & False),
     "virtual": lambda d: gradients(d, virtual_batch_size=4),
     "virtual, mask": lambda d: train(d, d["x"], virtual_batch_size=2, mask=d["mask"] & (np.arange(12) > 1)[:, None]),
-    "renorm": lambda d: jbn.brn_train(d["params"], d["state"], d["x"], r_max=2, d_max=1),
+    "renorm": lambda d: jbn.bn_train(d["params"], d["state"], d["x"], renorm=jbn.Renorm(2, 1)),
     "traced numbers": lambda d: jax.jit(lambda m: train(d, d["x"], momentum=m, epsilon=m))(np.float32(0.25)),
     "merge": lambda d: population_state(jbn.merge(jbn.moments(d["x"][:5]), jbn.moments(d["x"][5:]))),
     "fold": folded,

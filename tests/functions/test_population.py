@@ -19,7 +19,7 @@ from jbn import linen as jl
 from jbn import nnx as jx
 from jbn._flax.recalibrate_linen import recalibrate as recalibrate_linen
 from jbn._flax.recalibrate_nnx import recalibrate as recalibrate_nnx
-from jbn._functions.population import population_state
+from jbn._functions.moments import population_state
 
 ROWS, FEATURES, HIDDEN = 24, 3, 4
 SPLITS = [[24], [12, 12], [1, 2, 3, 18], [2] * 12]

@@ -1,7 +1,5 @@
 """Batch renormalization: bn_train where nothing may be corrected, bn_eval where nothing is clipped, paper between."""
 
-import inspect
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +12,6 @@ from jax.sharding import PartitionSpec as P
 from oracle import assert_close, assert_state
 
 import jbn
-from jbn._functions.renorm import brn_train
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -68,11 +65,11 @@ def test_without_correction_it_is_bn_train(name):
     """Bit for bit: values, state and gradients; with traced bounds too, but where sums are nested otherwise."""
     case, inputs = CASES[name], draw(CASES[name])
     want = both_ways(run(jbn.bn_train, case), inputs)
-    got = both_ways(run(brn_train, case, r_max=1, d_max=0), inputs)
+    got = both_ways(run(jbn.bn_train, case, renorm=jbn.Renorm(1, 0)), inputs)
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
     def traced(arrays, state, mask, r_max, d_max):
-        return run(brn_train, case, r_max=r_max, d_max=d_max)(arrays, state, mask)
+        return run(jbn.bn_train, case, renorm=jbn.Renorm(r_max, d_max))(arrays, state, mask)
 
     got = both_ways(traced, inputs, jnp.float32(1), jnp.float32(0))
     equal = assert_close if case.virtual_batch_size else np.testing.assert_array_equal
@@ -85,7 +82,7 @@ def test_without_correction_the_old_state_may_be_nan():
     spoilt = inputs._replace(state=jbn.BNState(*(np.full(3, np.nan, np.float32) for _ in range(2))))
 
     def traced(arrays, state, mask, r_max, d_max):
-        return run(brn_train, case, r_max=r_max, d_max=d_max)(arrays, state, mask)
+        return run(jbn.bn_train, case, renorm=jbn.Renorm(r_max, d_max))(arrays, state, mask)
 
     got = both_ways(traced, spoilt, jnp.float32(1), jnp.float32(0))
     jax.tree.map(np.testing.assert_array_equal, got, both_ways(run(jbn.bn_train, case), inputs))
@@ -96,7 +93,7 @@ def test_without_correction_the_old_state_may_be_nan():
 def test_values_and_gradients(name, r_max, d_max):
     """As bn_train's with scale' = scale·r and bias' = bias + scale·d, where r and d are constants."""
     case, inputs = CASES[name], draw(CASES[name])
-    y, state, grads = both_ways(run(brn_train, case, r_max=r_max, d_max=d_max), inputs)
+    y, state, grads = both_ways(run(jbn.bn_train, case, renorm=jbn.Renorm(r_max, d_max)), inputs)
     x, scale, bias, mean, var = positional(inputs)
     want_state = oracle.bn_train(*positional(inputs), mask=inputs.mask, **case.options)
     assert_state(state, want_state, n=case.rows)
@@ -130,7 +127,7 @@ def test_values_and_gradients(name, r_max, d_max):
 def test_unclipped_it_is_bn_eval(name):
     """What training sees is what inference will see."""
     case, inputs = CASES[name], draw(CASES[name])
-    y, _ = run(brn_train, case, r_max=1e6, d_max=1e6)(inputs.arrays, inputs.state, inputs.mask)
+    y, _ = run(jbn.bn_train, case, renorm=jbn.Renorm(1e6, 1e6))(inputs.arrays, inputs.state, inputs.mask)
     params = jbn.BNParams(inputs.arrays.get("scale"), inputs.arrays.get("bias"))
     want = jbn.bn_eval(params, inputs.state, inputs.arrays["x"], **case.eval_options)
     assert_close(y, want, n=case.rows, factor=10)
@@ -138,7 +135,7 @@ def test_unclipped_it_is_bn_eval(name):
 
 def test_no_gradient_reaches_the_state():
     case, inputs = CASES["plain"], draw(CASES["plain"])
-    f = run(brn_train, case, r_max=2.0, d_max=1.0)
+    f = run(jbn.bn_train, case, renorm=jbn.Renorm(2.0, 1.0))
 
     def loss(state):
         y, new = f(inputs.arrays, state, None)
@@ -157,12 +154,12 @@ def test_traced_bounds_of_a_schedule():
     @jax.jit
     def step(number):
         traces.append(number)
-        f = run(brn_train, case, r_max=schedule(number), d_max=schedule(number) - 1)
+        f = run(jbn.bn_train, case, renorm=jbn.Renorm(schedule(number), schedule(number) - 1))
         return f(inputs.arrays, inputs.state, None)[0]
 
     for number in range(3):
         bound = float(schedule(number))
-        want = run(brn_train, case, r_max=bound, d_max=bound - 1)(inputs.arrays, inputs.state, None)[0]
+        want = run(jbn.bn_train, case, renorm=jbn.Renorm(bound, bound - 1))(inputs.arrays, inputs.state, None)[0]
         assert_close(step(jnp.int32(number)), want)
     assert len(traces) == 1
 
@@ -171,11 +168,11 @@ def test_shared_over_devices(devices):
     """With an axis name r and d are those of the whole batch; groups share among themselves."""
     case = Case((16, 3))
     inputs, mesh = draw(case), Mesh(np.array(devices[:4]), ("data",))
-    f = run(brn_train, case, r_max=1.5, d_max=0.5)
+    f = run(jbn.bn_train, case, renorm=jbn.Renorm(1.5, 0.5))
     want = f(inputs.arrays, inputs.state, None)
 
     def mapped(**options):
-        g = run(brn_train, case, r_max=1.5, d_max=0.5, **options)
+        g = run(jbn.bn_train, case, renorm=jbn.Renorm(1.5, 0.5), **options)
         specs = ({"x": P("data"), "scale": P(), "bias": P()}, P())
         grouped = "axis_index_groups" in options
         out = P("data"), P("data") if grouped else P()
@@ -195,28 +192,24 @@ def test_shared_over_devices(devices):
 def test_statistics_are_reduced_once():
     case, inputs = CASES["plain"], draw(CASES["plain"])
     count = lambda f: jax.jit(f).lower(*inputs).compile().as_text().count(" reduce(")  # noqa: E731
-    assert count(run(brn_train, case, r_max=2, d_max=1)) == count(run(jbn.bn_train, case)) > 0
+    assert count(run(jbn.bn_train, case, renorm=jbn.Renorm(2, 1))) == count(run(jbn.bn_train, case)) > 0
 
 
 @pytest.mark.parametrize(
     "options, kind, message",
     [
-        ({"r_max": 0.5, "d_max": 0}, ValueError, "r_max is 0.5, expected a number >= 1"),
-        ({"r_max": 1, "d_max": -1}, ValueError, "d_max is -1, expected a number >= 0"),
-        ({"r_max": np.ones(3), "d_max": 0}, ValueError, r"r_max has shape \(3,\), expected a scalar"),
-        ({"r_max": 1, "d_max": 0, "axis": 2}, ValueError, "axis is 2, out of range"),
-        ({"r_max": 1, "d_max": 0, "virtual_batch_size": 5}, ValueError, "virtual_batch_size is 5, which does not"),
-        ({"r_max": 1, "d_max": 0, "activation": "tanh"}, ValueError, "activation is 'tanh'"),
-        ({"r_max": 1, "d_max": 0, "epsilon": -1.0}, ValueError, "epsilon is -1.0"),
+        ({"renorm": jbn.Renorm(0.5, 0)}, ValueError, "r_max is 0.5, expected a number >= 1"),
+        ({"renorm": jbn.Renorm(1, -1)}, ValueError, "d_max is -1, expected a number >= 0"),
+        ({"renorm": jbn.Renorm(np.ones(3), 0)}, ValueError, r"r_max has shape \(3,\), expected a scalar"),
+        ({"renorm": (3, 5)}, TypeError, r"renorm is \(3, 5\), expected None or .*: give e.g. jbn.Renorm\(3.0, 5.0\)"),
+        ({"renorm": jbn.Renorm(1, None)}, TypeError, "d_max is None, expected a real number >= 0: give one"),
+        ({"renorm": jbn.Renorm(1, 0), "axis": 2}, ValueError, "axis is 2, out of range"),
+        ({"renorm": jbn.Renorm(1, 0), "virtual_batch_size": 5}, ValueError, "virtual_batch_size is 5, which does not"),
+        ({"renorm": jbn.Renorm(1, 0), "activation": "tanh"}, ValueError, "activation is 'tanh'"),
+        ({"renorm": jbn.Renorm(1, 0), "epsilon": -1.0}, ValueError, "epsilon is -1.0"),
     ],
 )
 def test_errors(options, kind, message):
     params, state = jbn.bn_init(3)
     with pytest.raises(kind, match=message):
-        brn_train(params, state, np.ones((12, 3), np.float32), **options)
-
-
-def test_arguments_are_those_of_bn_train():
-    ours, theirs = (inspect.signature(f).parameters for f in (brn_train, jbn.bn_train))
-    assert [p for p in ours if p not in ("r_max", "d_max")] == list(theirs)
-    assert all(ours[name].default == p.default for name, p in theirs.items())
+        jbn.bn_train(params, state, np.ones((12, 3), np.float32), **options)

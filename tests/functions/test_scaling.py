@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from oracle import assert_close
 
 from jbn import scaling
-from jbn._op.stream import merge_stream
+from jbn._op.merging import merge_stream
 
 pytestmark = pytest.mark.usefixtures("strict")
 

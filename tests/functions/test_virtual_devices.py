@@ -107,7 +107,8 @@ def test_renormalization(mesh, k):
 
     def f(arrays, state, mask):
         params = jbn.BNParams(arrays["scale"], arrays["bias"])
-        return jbn.brn_train(params, state, arrays["x"], mask=mask, virtual_batch_size=k, r_max=1.5, d_max=0.5)
+        options = dict(virtual_batch_size=k, renorm=jbn.Renorm(1.5, 0.5))
+        return jbn.bn_train(params, state, arrays["x"], mask=mask, **options)
 
     want = jax.jit(gradients(f))(arrays, state, mask, cotangent())
     got = jax.jit(gradients(f))(*place(mesh, P("a")))
@@ -154,8 +155,8 @@ def test_shard_map_renormalization_across_members(devices):
 
     def f(arrays, state, mask, **sync):
         params = jbn.BNParams(arrays["scale"], arrays["bias"])
-        bounds = dict(r_max=1.5, d_max=0.5, virtual_batch_size=4)
-        return jbn.brn_train(params, state, arrays["x"], mask=mask, **bounds, **sync)
+        options = dict(renorm=jbn.Renorm(1.5, 0.5), virtual_batch_size=4)
+        return jbn.bn_train(params, state, arrays["x"], mask=mask, **options, **sync)
 
     got = mapped(devices, functools.partial(f, axis_name="data"), True)(arrays, state, mask, cotangent())
     want = jax.jit(gradients(f))(arrays, state, mask, cotangent())

@@ -116,7 +116,9 @@ def test_lowering(shape, channel):
     vector = jax.ShapeDtypeStruct((64,), jnp.float32)
     epsilon = jax.ShapeDtypeStruct((1,), jnp.float32)
     mask = jax.ShapeDtypeStruct((4, 1, 1, 1), jnp.bool)
-    plan = Plan(channel, 0, 256, True, "relu", jnp.dtype("bfloat16"), Sync(), sharded=False, implementation="triton")
+    plan = Plan(
+        channel, 0, 256, True, "relu", jnp.dtype("bfloat16"), Sync(), may_partition=False, implementation="triton"
+    )
 
     def train(x, mask, epsilon, scale, bias, residual, dy):
         _, mean, m2 = triton.moments(plan, x, mask, runner=runner)

@@ -72,7 +72,7 @@ def test_pieces(name, monkeypatch):
         activation="silu",
         dtype=jnp.dtype("float32"),
         sync=Sync(),
-        sharded=False,
+        may_partition=False,
         implementation="triton",
     )
 

@@ -73,7 +73,7 @@ def test_default_is_xla(implementation):
     assert kernels(train(implementation), PARAMS, X, X) == 0
 
 
-PLAN = Plan(3, 0, 1, True, None, jnp.dtype("bfloat16"), Sync(), sharded=False, implementation=None)
+PLAN = Plan(3, 0, 1, True, None, jnp.dtype("bfloat16"), Sync(), may_partition=False, implementation=None)
 WIN = dispatch.Win("NVIDIA H100", "bfloat16", "last", 50_000, "results.json")  # X has 50,176 bytes
 
 

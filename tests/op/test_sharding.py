@@ -236,7 +236,8 @@ def test_explicit_vectors_of_a_renormalisation(devices):
     arrays, state, _ = inputs()
 
     def f(params, state, x):
-        loss = lambda p: (jbn.brn_train(p, state, x, r_max=1.5, d_max=0.5, virtual_batch_size=4)[0] ** 2).sum()  # noqa: E731
+        options = dict(renorm=jbn.Renorm(1.5, 0.5), virtual_batch_size=4)
+        loss = lambda p: (jbn.bn_train(p, state, x, **options)[0] ** 2).sum()  # noqa: E731
         return jax.grad(loss)(params)
 
     params = jbn.BNParams(arrays["scale"], arrays["bias"])

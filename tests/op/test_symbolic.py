@@ -136,8 +136,8 @@ def test_batch_renormalisation():
     params, state = jbn.bn_init(3)
 
     def f(x):
-        bounds = dict(r_max=1.5, d_max=0.5, activation="silu")
-        y, pull, new = jax.vjp(lambda x: jbn.brn_train(params, state, x, **bounds), x, has_aux=True)
+        options = dict(renorm=jbn.Renorm(1.5, 0.5), activation="silu")
+        y, pull, new = jax.vjp(lambda x: jbn.bn_train(params, state, x, **options), x, has_aux=True)
         return y, tuple(new), pull(y)[0]
 
     run = jax.jit(export.export(jax.jit(f))(*scoped("n, 3")).call)
@@ -209,7 +209,7 @@ def test_kernels_are_for_sizes_that_are_known(monkeypatch):
     monkeypatch.setattr(dispatch, "WINS", (dispatch.Win("", "float32", "last", 0, "a test"),))
     jax.clear_caches()
     (x,) = scoped("n, 3")
-    plan = Plan(1, 0, 1, True, None, jnp.dtype("float32"), Sync(), sharded=True, implementation=None)
+    plan = Plan(1, 0, 1, True, None, jnp.dtype("float32"), Sync(), may_partition=True, implementation=None)
     assert dispatch.choose("moments", plan, "cuda", x, None).implementation == "xla"
     params, state = jbn.bn_init(3)
 

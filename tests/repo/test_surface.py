@@ -1,8 +1,10 @@
 """What users see of the package: its names, and that they are there without an import of their own."""
 
+import inspect
 import subprocess
 import sys
 import tomllib
+import typing
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,17 @@ def test_dir_shows_what_is_public_and_no_more(module):
     assert shown == set(module.__all__)
     for name in module.__all__:
         assert getattr(module, name).__doc__
+
+
+def test_help_shows_signatures_one_can_read():
+    """Every argument has a type, told by its name and not by all that the name stands for."""
+    for module in (jbn, jbn.linen, jbn.nnx, jbn.scaling, jbn.convert):
+        for function in filter(inspect.isfunction, map(module.__dict__.get, module.__all__)):
+            signature = inspect.signature(function)
+            assert "Union" not in str(signature) and "jaxlib" not in str(signature), signature
+            kinds = [signature.return_annotation, *(p.annotation for p in signature.parameters.values())]
+            assert inspect.Parameter.empty not in kinds, signature
+            assert typing.get_type_hints(function)  # which are there
 
 
 def test_flax_is_imported_when_a_module_is_asked_for():
