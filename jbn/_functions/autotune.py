@@ -123,7 +123,7 @@ def _measured(
 
 
 def _is_known(row: Row | None, backward: bool) -> bool:
-    return row is not None and row.failed is None and (row.both is not None or not backward)
+    return row is not None and row.failed is None and (row.backward is not None or not backward)
 
 
 def measure(norms: dict[Norm, bool], progress: bool) -> Iterator[Row]:
@@ -157,10 +157,10 @@ def _row(norm: Norm, found: autotune_measure.Prepared | str) -> Row:
     if isinstance(found, str):
         return row._replace(failed=found)
     try:
-        forward, both = autotune_measure.timed(found, _inputs(found))
+        forward, backward = autotune_measure.timed(found, _inputs(found))
     except Exception as error:
         return row._replace(failed=_brief(error))
-    return row._replace(forward=forward, both=both)
+    return row._replace(forward=forward, backward=backward)
 
 
 def _inputs(prepared: autotune_measure.Prepared) -> list[Any]:

@@ -26,13 +26,18 @@ clock: Callable[[], float] = time.perf_counter
 
 
 class Prepared(NamedTuple):
-    """Compiled programs, of several layers that wait for one another, as in a network."""
+    """Compiled programs, of several layers that wait for one another, as in a network.
+
+    The passes are programs apart, as in a network, where other layers come between them: in one program XLA would fuse
+    passes that there it cannot.
+    """
 
     norm: Norm
     layers: int
     draw: Callable  # seed → a layer's inputs
-    run: dict[tuple[str, str], Callable]  # implementation, "forward" or "both": layers' inputs → layers' outputs
-    compare: Callable  # two layers' outputs → of each largest difference and value
+    run: dict[tuple[str, str], Callable]  # implementation, "forward" or "backward": layers' inputs → layers' outputs
+    linearize: dict[str, Callable]  # implementation: a layer's inputs → what its backward pass is given
+    compare: dict[str, Callable]  # pass: two layers' outputs → of each largest difference and value
 
 
 def prepare(norm: Norm, backward: bool, device: Any) -> Prepared:
@@ -49,20 +54,24 @@ def prepare(norm: Norm, backward: bool, device: Any) -> Prepared:
     layers = links(norm)
     draw, seed = functools.partial(drawn, norm), jax.ShapeDtypeStruct((), jnp.uint32)
     given = _on(device, jax.eval_shape(draw, seed))
-    passes = ("forward", "both") if backward else ("forward",)
-    run = {
-        (name, each): _compiled(chain(layer(norm, name, each == "both")), [given] * layers)
-        for name in IMPLEMENTATIONS
-        for each in passes
-    }
-    out, _ = _on(device, jax.eval_shape(layer(norm, "xla", backward), given))
-    return Prepared(norm, layers, _compiled(draw, _on(device, seed)), run, _compiled(differences, out, out))
+    run, linearize, out = {}, {}, {}
+    for name in IMPLEMENTATIONS:
+        forward = layer(norm, name)
+        run[name, "forward"], _ = _compiled(chain(forward), [given] * layers)
+        out["forward"] = jax.eval_shape(forward, given)[0]
+        if backward:
+            linearize[name], pull = _compiled(linearized(norm, name), given)
+            run[name, "backward"], found = _compiled(chain(pulled), [(_on(device, pull), given[-1])] * layers)
+            out["backward"] = found[0]
+    compare = {each: _compiled(differences, _on(device, v), _on(device, v))[0] for each, v in out.items()}
+    return Prepared(norm, layers, _compiled(draw, _on(device, seed))[0], run, linearize, compare)
 
 
-def _compiled(f: Callable, *shapes: Any) -> Callable:
+def _compiled(f: Callable, *shapes: Any) -> tuple[Callable, Any]:
+    """A program, and what it gives in shapes."""
     with LOWERING:
         lowered = jax.jit(f).lower(*shapes)
-    return lowered.compile()
+    return lowered.compile(), lowered.out_info
 
 
 def _on(device: Any, shapes: Any) -> Any:
@@ -76,8 +85,8 @@ def links(norm: Norm) -> int:
     return min(8, -(-CACHE // size))
 
 
-def layer(norm: Norm, implementation: Any, backward: bool) -> Callable:
-    """Of what is `drawn` one batch norm's results by name, with gradients if they are wanted, and what comes late."""
+def _one(norm: Norm, implementation: Any) -> Callable:
+    """(y, new state) of a batch norm."""
     options: dict[str, Any] = dict(
         axis=norm.axis - norm.batch, activation=norm.activation, dtype=norm.out, implementation=implementation
     )
@@ -89,22 +98,40 @@ def layer(norm: Norm, implementation: Any, backward: bool) -> Callable:
 
     for _ in range(norm.batch):
         one = jax.vmap(one, (None, None, 0, 0, 0))
+    return one
+
+
+def layer(norm: Norm, implementation: Any) -> Callable:
+    """Of what is `drawn` a batch norm's results by name, and what comes late."""
+    one = _one(norm, implementation)
 
     def run(given):
-        params, state, x, residual, mask, dy = given
-        if not backward:
-            y, new = one(params, state, x, residual, mask)
-            return {"y": y, "the state": new}, new.mean if norm.training else y
-
-        def f(params, x, residual):
-            return one(params, state, x, residual, mask)
-
-        y, pull, new = jax.vjp(f, params, x, residual, has_aux=True)
-        dparams, dx, dresidual = pull(dy)
-        gradients = {"params": dparams, "x": dx, "the residual": dresidual}
-        return {"y": y, "the state": new} | {f"the gradient of {k}": v for k, v in gradients.items()}, dparams.bias
+        params, state, x, residual, mask, _ = given
+        y, new = one(params, state, x, residual, mask)
+        return {"y": y, "the state": new}, new.mean if norm.training else y
 
     return run
+
+
+def linearized(norm: Norm, implementation: Any) -> Callable:
+    """Of what is `drawn` the backward pass, with what the forward pass keeps for it."""
+    one = _one(norm, implementation)
+
+    def run(given):
+        params, state, x, residual, mask, _ = given
+        _, pull, _ = jax.vjp(lambda *moved: one(*moved[:1], state, moved[1], moved[2], mask), params, x, residual,
+                             has_aux=True)  # fmt: skip
+        return pull
+
+    return run
+
+
+def pulled(given: Any) -> Any:
+    """The gradients by name, of a backward pass and the cotangent of y, and what comes late."""
+    pull, dy = given
+    dparams, dx, dresidual = pull(dy)
+    gradients = {"params": dparams, "x": dx, "the residual": dresidual}
+    return {f"the gradient of {k}": v for k, v in gradients.items()}, dparams.bias
 
 
 def chain(layer: Callable) -> Callable:
@@ -165,33 +192,41 @@ def differences(a: Any, b: Any) -> Any:
 
 def disagreement(prepared: Prepared, inputs: list[Any]) -> str | None:
     """Where kernels and XLA differ by more than rounding, or None."""
-    each = "both" if ("xla", "both") in prepared.run else "forward"
-    ours, theirs = (prepared.run[name, each](inputs) for name in IMPLEMENTATIONS)
-    for a, b in zip(ours, theirs, strict=True):
-        found = jax.device_get(prepared.compare(a, b))
-        for name, value in b.items():
-            for (error, largest), like in zip(jax.tree.leaves(found[name]), jax.tree.leaves(value), strict=True):
-                allowed = DIGITS[like.dtype.name] * largest
-                if not error <= allowed:  # nor is NaN
-                    return f"kernels and XLA differ in {name} by {error:.2g}, and {allowed:.2g} is rounding"
+    for each, compare in prepared.compare.items():
+        ours, theirs = (prepared.run[name, each](_given(prepared, name, each, inputs)) for name in IMPLEMENTATIONS)
+        for a, b in zip(ours, theirs, strict=True):
+            found = jax.device_get(compare(a, b))
+            for name, value in b.items():
+                for (error, largest), like in zip(jax.tree.leaves(found[name]), jax.tree.leaves(value), strict=True):
+                    allowed = DIGITS[like.dtype.name] * largest
+                    if not error <= allowed:  # nor is NaN
+                        return f"kernels and XLA differ in {name} by {error:.2g}, and {allowed:.2g} is rounding"
     return None
 
 
+def _given(prepared: Prepared, name: str, each: str, inputs: list[Any]) -> list[Any]:
+    """What a pass of an implementation is given."""
+    if each == "forward":
+        return inputs
+    return [(prepared.linearize[name](given), given[-1]) for given in inputs]
+
+
 def timed(prepared: Prepared, inputs: list[Any]) -> tuple[Times, Times | None]:
-    """Microseconds of a layer, forward, and forward and backward: medians over rounds in which all take turns.
+    """Microseconds of a layer, of the forward and of the backward pass: medians over rounds in which all take turns.
 
     A round queues many calls and waits for the last, so that the device's own time counts.
     """
-    calls = {key: _calls(run, inputs) for key, run in prepared.run.items()}
+    given = {key: _given(prepared, *key, inputs) for key in prepared.run}
+    calls = {key: _calls(run, given[key]) for key, run in prepared.run.items()}
     found: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
     for _ in range(ROUNDS):
         for key, count in calls.items():
-            seconds = _seconds(prepared.run[key], inputs, count)
+            seconds = _seconds(prepared.run[key], given[key], count)
             found[key].append(1e6 * seconds / count / prepared.layers)
     middle = {key: statistics.median(values) for key, values in found.items()}
-    forward, both = (_times(middle, each) for each in ("forward", "both"))
+    forward, backward = (_times(middle, each) for each in ("forward", "backward"))
     assert forward is not None
-    return forward, both
+    return forward, backward
 
 
 def _times(middle: dict[tuple[str, str], float], each: str) -> Times | None:

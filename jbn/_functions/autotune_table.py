@@ -41,12 +41,9 @@ def described(norm: Norm) -> str:
 
 def _told(row: Row, backward: bool) -> tuple[str, str]:
     """Times of both, and who won."""
-    speed = row.speed(backward)
-    if speed is None or row.forward is None:
+    speed, times = row.speed(backward), row.backward if backward else row.forward
+    if speed is None or times is None:
         return ("–", "")
-    times = row.forward
-    if backward and row.both is not None:
-        times = [both - forward for both, forward in zip(row.both, row.forward, strict=True)]
     who = "kernels" if row.won(backward) else "XLA"
     return " : ".join(f"{t:.1f}" for t in times), f"{who}, {max(speed, 1 / speed):.2f}×"
 

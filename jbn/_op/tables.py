@@ -60,6 +60,9 @@ class Norm(NamedTuple):
         return alike and all(n > 0 and m % n == 0 for n, m in zip(self.shape, whole.shape, strict=True))
 
 
+PASSES = ("forward", "backward")
+
+
 class Times(NamedTuple):
     """Microseconds of either implementation, medians."""
 
@@ -72,19 +75,15 @@ class Row(NamedTuple):
 
     norm: Norm
     forward: Times | None  # None where something failed before
-    both: Times | None  # forward and backward; None where no gradient was asked for
+    backward: Times | None  # by itself; None where no gradient was asked for
     failed: str | None  # why kernels must not be chosen
     date: str  # ISO 8601
     versions: str  # of the packages that it was measured with
 
     def speed(self, backward: bool) -> float | None:
         """XLA's time over that of the kernels, of a pass; None where that was not measured."""
-        if self.forward is None or (backward and self.both is None):
-            return None
-        triton, xla = self.forward
-        if backward and self.both is not None:
-            triton, xla = self.both.triton - triton, self.both.xla - xla
-        return xla / triton if min(triton, xla) > 0 else None
+        times = self.backward if backward else self.forward
+        return None if times is None else times.xla / times.triton
 
     def won(self, backward: bool) -> bool:
         """Whether kernels are to be chosen for a pass."""
@@ -201,14 +200,14 @@ def row_from(found: dict[str, Any]) -> Row:
     types = {int: numbers, str: texts, bool: [norm.training]}
     if any(type(value) is not kind for kind, values in types.items() for value in values):
         raise _Unfit(f"a row is not one: {found}")
-    forward, both = (None if found[name] is None else Times(**found[name]) for name in ("forward", "both"))
-    if not all(0 < t < math.inf for pair in (forward, both) if pair is not None for t in pair):
+    forward, backward = (None if found[name] is None else Times(**found[name]) for name in PASSES)
+    if not all(0 < t < math.inf for pair in (forward, backward) if pair is not None for t in pair):
         raise _Unfit(f"a row has times that are none: {found}")
-    return Row(norm, forward, both, found["failed"], found["date"], found["versions"])
+    return Row(norm, forward, backward, found["failed"], found["date"], found["versions"])
 
 
 def as_json(row: Row) -> dict[str, Any]:
-    times = {name: t and t._asdict() for name, t in (("forward", row.forward), ("both", row.both))}
+    times = {name: t and t._asdict() for name, t in zip(PASSES, (row.forward, row.backward), strict=True)}
     return row.norm._asdict() | times | {"failed": row.failed, "date": row.date, "versions": row.versions}
 
 

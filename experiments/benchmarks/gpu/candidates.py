@@ -50,6 +50,8 @@ def prepare(name: str, task: Task, count: int) -> Prepared:
     def both(given):
         given, cotangent = given
         y, pullback, new = jax.vjp(lambda *given: layer(state, *given), *given, has_aux=True)
+        # a network's cotangent comes after y: else XLA fuses the passes, which there it cannot
+        y, cotangent = lax.optimization_barrier((y, cotangent))
         out = pullback(cotangent)
         return (y, *new, *out), out[1]
 

@@ -37,6 +37,7 @@ def compiled(name: str, task: Task) -> Programs:
     """Everything that a task needs, ready to run; a pass that does not compile is among `failed`."""
     import jax
     import jax.numpy as jnp
+    from jax import lax
 
     from experiments.benchmarks.gpu import candidates
 
@@ -63,6 +64,8 @@ def compiled(name: str, task: Task) -> Programs:
     def both(given: Any) -> Any:
         given, cotangent = given
         y, pullback, new = jax.vjp(lambda *given: layer(state, *given), *given, has_aux=True)
+        # a network's cotangent comes after y: else XLA fuses the passes, which there it cannot
+        y, cotangent = lax.optimization_barrier((y, cotangent))
         out = pullback(cotangent)
         return (y, *new, *out), out[1]
 
