@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -117,30 +117,32 @@ def _measured(
     path = folder / tables.file_name(kind)
     known = {} if ignore_cache else tables.read(path, kind)
     wanted = {norm: backward for norm, backward in norms.items() if not _is_known(known.get(norm), backward)}
-    rows = measure(wanted, progress)
-    return tables.Source(str(path), tables.write(path, kind, rows) if rows else known), len(rows)
+    for row in measure(wanted, progress):
+        tables.write(path, kind, [row])  # at once, so that what is interrupted loses nothing
+    return tables.Source(str(path), tables.read(path, kind)), len(wanted)
 
 
 def _is_known(row: Row | None, backward: bool) -> bool:
     return row is not None and row.failed is None and (row.both is not None or not backward)
 
 
-def measure(norms: dict[Norm, bool], progress: bool) -> list[Row]:
+def measure(norms: dict[Norm, bool], progress: bool) -> Iterator[Row]:
     """A row for each: first all are compiled, in several threads, and checked as they come; then they are timed."""
     device = jax.local_devices()[0]
     say = _say if progress else lambda _: None
-    rows = []
-    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+    ready = {}
+    pool = ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1))
+    try:
         begun = {norm: pool.submit(autotune_measure.prepare, norm, back, device) for norm, back in norms.items()}
-        ready = {}
         for i, (norm, future) in enumerate(begun.items()):
             ready[norm] = _checked(future)
             say(f"{i + 1} of {len(norms)} compiled and compared: {described(norm)}")
+    finally:
+        pool.shutdown(cancel_futures=True)
     for i, (norm, found) in enumerate(ready.items()):
         row = _row(norm, found)
         say(f"{i + 1} of {len(norms)} timed: {described(norm)}: {verdict(row)}")
-        rows.append(row)
-    return rows
+        yield row
 
 
 def _checked(future: Future) -> autotune_measure.Prepared | str:

@@ -168,6 +168,16 @@ def test_what_is_in_a_program(name, launched):
     assert launched == [], "nothing is chosen meanwhile"
 
 
+NORMS = {norm: gradient for _, _, found in PROGRAMS.values() for norm, gradient in found.items()}
+
+
+@pytest.mark.parametrize("norm", NORMS, ids=str)
+def test_what_is_measured_is_the_batch_norm_itself(norm, launched):
+    given = jax.eval_shape(functools.partial(measuring.drawn, norm), jax.ShapeDtypeStruct((), np.uint32))
+    for backward in (False, True):
+        assert found(measuring.layer(norm, None, backward), given) == {norm: backward}
+
+
 @pytest.mark.parametrize("way", ["explicit", "automatic", "shard_map", "manual in part"])
 def test_what_a_device_has(way, devices, launched):
     """Of each batch norm the part, however arrays are split; nothing where XLA alone can split them."""
@@ -258,6 +268,23 @@ def test_kernels_that_fail(launched, tuned, monkeypatch):
     with jax.enable_x64(True):
         found = tuned(train, X.astype(np.float64))
     assert found.rows[0].failed == "dtype float64 is not among the kernels' (float16, bfloat16, float32)"
+
+
+def test_what_is_interrupted_loses_nothing(launched, tuned, monkeypatch):
+    done = []
+
+    def timed(prepared, inputs):
+        if done:
+            raise KeyboardInterrupt
+        done.append(prepared.norm)
+        return FASTER["forward"], None
+
+    monkeypatch.setattr(measuring, "timed", timed)
+    f = lambda x: train(x) + train(x, activation="relu")  # noqa: E731
+    with pytest.raises(KeyboardInterrupt):
+        tuned(f, X)
+    monkeypatch.setattr(measuring, "timed", lambda *_: (FASTER["forward"], None))
+    assert tuned(f, X).measured == 1
 
 
 def test_a_failure_while_timing(launched, tuned, monkeypatch):
