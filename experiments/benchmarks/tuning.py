@@ -32,7 +32,10 @@ def run(options: Options, results: Results) -> None:
     found = cases.distinct(case for batch in given.batches for case in cases.resnet50(batch, size))
     results.configuration = {"batches": given.batches, "dtypes": given.dtypes, "size": size, "quick": options.quick}
     xs = [jax.ShapeDtypeStruct(case.shape, jnp.dtype(dtype)) for dtype in given.dtypes for case in found]
-    tuning = jbn.autotune(gradients, xs, path=options.out, ignore_cache=True)
+    try:
+        tuning = jbn.autotune(gradients, xs, path=options.out, ignore_cache=True)
+    except RuntimeError as error:
+        raise SystemExit(f"error: {error}") from error
     results.rows += [
         tables.as_json(row) | {"forward_speed": row.speed(False), "backward_speed": row.speed(True)}
         for row in tuning.rows

@@ -118,8 +118,8 @@ def _measured(
     known = {} if ignore_cache else tables.read(path, kind)
     wanted = {norm: backward for norm, backward in norms.items() if not _is_known(known.get(norm), backward)}
     for row in measure(wanted, progress):
-        known = tables.write(path, kind, [row])  # at once, so that what is interrupted loses nothing
-    return tables.Source(str(path), known), len(wanted)
+        tables.write(path, kind, [row])  # at once, so that what is interrupted loses nothing
+    return tables.Source(str(path), tables.read(path, kind)), len(wanted)
 
 
 def _is_known(row: Row | None, backward: bool) -> bool:
@@ -127,15 +127,18 @@ def _is_known(row: Row | None, backward: bool) -> bool:
 
 
 def measure(norms: dict[Norm, bool], progress: bool) -> Iterator[Row]:
-    """A row for each, as they come: first all are compiled, in several threads, and checked as they come; then they are timed."""
+    """A row for each: first all are compiled, in several threads, and checked as they come; then they are timed."""
     device = jax.local_devices()[0]
     say = _say if progress else lambda _: None
-    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+    ready = {}
+    pool = ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1))
+    try:
         begun = {norm: pool.submit(autotune_measure.prepare, norm, back, device) for norm, back in norms.items()}
-        ready = {}
         for i, (norm, future) in enumerate(begun.items()):
             ready[norm] = _checked(future)
             say(f"{i + 1} of {len(norms)} compiled and compared: {described(norm)}")
+    finally:
+        pool.shutdown(cancel_futures=True)
     for i, (norm, found) in enumerate(ready.items()):
         row = _row(norm, found)
         say(f"{i + 1} of {len(norms)} timed: {described(norm)}: {verdict(row)}")

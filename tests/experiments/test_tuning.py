@@ -30,6 +30,6 @@ def test_rows_for_the_package(tmp_path, monkeypatch, capsys):
 
 
 def test_without_a_gpu(tmp_path):
-    with pytest.raises(RuntimeError, match="autotune needs a GPU"):
+    with pytest.raises(SystemExit, match="error: autotune needs a GPU"):
         main(["tuning", "--quick", "--out", str(tmp_path)])
     assert tuning.fused({"residual": None, "activation": "relu"}) == "relu"

@@ -45,7 +45,7 @@ def tuned(tmp_path, monkeypatch):
     monkeypatch.setattr(autotune, "default_platform", lambda: "cuda")
     monkeypatch.setattr(measuring, "links", lambda norm: 1)
     monkeypatch.setattr(
-        measuring, "timed", lambda p, _: (FASTER["forward"], FASTER["backward"] if ("xla", "backward") in p.run else None)
+        measuring, "timed", lambda p, _: (FASTER["forward"], FASTER["backward"] if p.linearize else None)
     )
     for name in ("_known", "_folders", "_agreed"):
         monkeypatch.setattr(tables, name, {})
@@ -168,6 +168,20 @@ def test_what_is_in_a_program(name, launched):
     assert launched == [], "nothing is chosen meanwhile"
 
 
+NORMS = {norm: gradient for _, _, found in PROGRAMS.values() for norm, gradient in found.items()}
+
+
+@pytest.mark.parametrize("norm", NORMS, ids=str)
+def test_what_is_measured_is_the_batch_norm_itself(norm, launched):
+    given = jax.eval_shape(functools.partial(measuring.drawn, norm), jax.ShapeDtypeStruct((), np.uint32))
+    assert found(measuring.layer(norm, None), given) == {norm: False}
+
+    def both(given):
+        return measuring.pulled((measuring.linearized(norm, None)(given), given[-1]))
+
+    assert found(both, given) == {norm: True}
+
+
 @pytest.mark.parametrize("way", ["explicit", "automatic", "shard_map", "manual in part"])
 def test_what_a_device_has(way, devices, launched):
     """Of each batch norm the part, however arrays are split; nothing where XLA alone can split them."""
@@ -260,6 +274,23 @@ def test_kernels_that_fail(launched, tuned, monkeypatch):
     assert found.rows[0].failed == "dtype float64 is not among the kernels' (float16, bfloat16, float32)"
 
 
+def test_what_is_interrupted_loses_nothing(launched, tuned, monkeypatch):
+    done = []
+
+    def timed(prepared, inputs):
+        if done:
+            raise KeyboardInterrupt
+        done.append(prepared.norm)
+        return FASTER["forward"], None
+
+    monkeypatch.setattr(measuring, "timed", timed)
+    f = lambda x: train(x) + train(x, activation="relu")  # noqa: E731
+    with pytest.raises(KeyboardInterrupt):
+        tuned(f, X)
+    monkeypatch.setattr(measuring, "timed", lambda *_: (FASTER["forward"], None))
+    assert tuned(f, X).measured == 1
+
+
 def test_a_failure_while_timing(launched, tuned, monkeypatch):
     def timed(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 7 GB")
@@ -285,7 +316,8 @@ def test_times_are_medians_of_a_layer(monkeypatch):
         ("triton", "backward"): program("tb", 600), ("xla", "backward"): program("xb", 1000),
     }  # fmt: skip
     monkeypatch.setattr(measuring, "SECONDS", 0.001)
-    prepared = measuring.Prepared(PLAIN, 2, lambda seed: None, run, dict.fromkeys(("triton", "xla"), lambda _: None), {})
+    linearize = dict.fromkeys(measuring.IMPLEMENTATIONS, lambda _: None)
+    prepared = measuring.Prepared(PLAIN, 2, lambda seed: None, run, linearize, {})
     assert measuring._calls(lambda _: now.__setitem__(0, now[0] + 1e-4), []) == 10
     assert measuring._calls(lambda _: now.__setitem__(0, now[0] + 1e-2), []) == 3
     monkeypatch.setattr(measuring, "_calls", lambda run, inputs: 1)
