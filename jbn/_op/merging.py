@@ -27,7 +27,7 @@ class Moments(NamedTuple):
         standard deviations past 1.8e19 / √count, and wrong below 1e-15: take moments of x times a power of two then.
     """
 
-    count: jax.Array | int
+    count: jax.Array | float
     mean: jax.Array
     m2: jax.Array
 
@@ -68,9 +68,8 @@ def merge_across(own: Statistics, sync: Sync) -> Statistics:
     sent = jnp.stack(own[1:] if static else own)
     if sync.groups is None and members * sent.size * sent.dtype.itemsize > GATHER_LIMIT:
         return _merge_by_sums(own, members, sync)
-    every = gather(sent, sync)
-    counts = (own.count,) if static else ()
-    return merge_along(Statistics(*counts, *jnp.unstack(every, axis=1)))
+    every = jnp.unstack(gather(sent, sync), axis=1)
+    return merge_along(Statistics(own.count, *every) if static else Statistics(*every))
 
 
 def _each(own: Statistics, f: Callable) -> Statistics:
@@ -125,7 +124,9 @@ def _merge_pairs(parts: Moments) -> Moments:
     size = parts.mean.shape[0]
 
     def part(at):
-        return Moments(parts.count if isinstance(parts.count, float) else parts.count[at], parts.mean[at], parts.m2[at])
+        return Moments(
+            parts.count if isinstance(parts.count, float | int) else parts.count[at], parts.mean[at], parts.m2[at]
+        )
 
     if size == 1:
         return part(0)
