@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jbn._op.plan import choose
 from jbn._op.sync import Sync, add_across, gather, members_along, to_members
@@ -95,8 +96,8 @@ def pool_along(parts: Statistics) -> Statistics:
     The pivot, a mean of one of the parts, makes it exact for a constant channel.
     """
     count = jnp.sum(parts.count, 0, keepdims=True)
-    lowest = float(jnp.finfo(parts.mean.dtype).min)  # finite, for those who debug infinities
-    pivot = jnp.max(parts.mean, 0, keepdims=True, where=parts.count > 0, initial=lowest)
+    lowest = float(jnp.finfo(parts.mean.dtype).min)  # finite, for those who debug infinities, as jnp.max is not
+    pivot = lax.reduce_max(choose(parts.count > 0, parts.mean, lowest), (0,))[None]
     pivot = choose(pivot > lowest, pivot, 0)  # none; not by the count, whose sum can then travel with the next one
     size = jnp.maximum(count, 1)
     mean = pivot + jnp.sum(parts.count * (parts.mean - pivot), 0, keepdims=True) / size
