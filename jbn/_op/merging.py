@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jbn._op.plan import where
 from jbn._op.sync import Sync, add_across, gather, members_along, to_members
@@ -28,7 +29,7 @@ class Moments(NamedTuple):
         standard deviations past 1.8e19 / √count, and wrong below 1e-15: take moments of x times a power of two then.
     """
 
-    count: jax.Array | int
+    count: jax.Array | float
     mean: jax.Array
     m2: jax.Array
 
@@ -69,9 +70,8 @@ def merge_across(own: Statistics, sync: Sync) -> Statistics:
     sent = jnp.stack(own[1:] if static else own)
     if sync.groups is None and members * sent.size * sent.dtype.itemsize > GATHER_LIMIT:
         return _merge_by_sums(own, members, sync)
-    every = gather(sent, sync)
-    counts = (own.count,) if static else ()
-    return merge_along(Statistics(*counts, *jnp.unstack(every, axis=1)))
+    every = jnp.unstack(gather(sent, sync), axis=1)
+    return merge_along(Statistics(own.count, *every) if static else Statistics(*every))
 
 
 def _each(own: Statistics, f: Callable) -> Statistics:
@@ -97,8 +97,8 @@ def pool_along(parts: Statistics) -> Statistics:
     The pivot, a mean of one of the parts, makes it exact for a constant channel.
     """
     count = jnp.sum(parts.count, 0, keepdims=True)
-    lowest = float(jnp.finfo(parts.mean.dtype).min)  # finite, for those who debug infinities
-    pivot = jnp.max(parts.mean, 0, keepdims=True, where=parts.count > 0, initial=lowest)
+    lowest = float(jnp.finfo(parts.mean.dtype).min)  # finite, for those who debug infinities, as jnp.max is not
+    pivot = lax.reduce_max(where(parts.count > 0, parts.mean, lowest), (0,))[None]
     pivot = where(pivot > lowest, pivot, 0)  # none; not by the count, whose sum can then travel with the next one
     size = jnp.maximum(count, 1)
     mean = pivot + jnp.sum(parts.count * (parts.mean - pivot), 0, keepdims=True) / size
@@ -126,7 +126,9 @@ def _merge_pairs(parts: Moments) -> Moments:
     size = parts.mean.shape[0]
 
     def part(at):
-        return Moments(parts.count if isinstance(parts.count, float) else parts.count[at], parts.mean[at], parts.m2[at])
+        return Moments(
+            parts.count if isinstance(parts.count, float | int) else parts.count[at], parts.mean[at], parts.m2[at]
+        )
 
     if size == 1:
         return part(0)

@@ -1,8 +1,9 @@
 """What is not finite, or nearly so, reaches exactly what the formula says: drawn at random, every implementation.
 
-A fault is one element of one operand replaced. What depends on it the oracle says, by moving that element: everything
-else has the same bits as without it, and what depends on it is finite where the oracle's is. Channels do not depend on
-each other, so that each may have a fault of its own.
+A fault is one element of one operand replaced, or one of a mask flipped. What depends on it the oracle says, by moving
+that element: everything else has the same bits as without it, and what depends on it is finite where the oracle's is,
+and NaN or infinite as the oracle's is where no order of sums decides on that. Channels do not depend on each other, so
+that each may have a fault of its own.
 """
 
 import functools
@@ -29,6 +30,7 @@ CASES = {
     "train": (train, Case((48, 6))),
     "train, residual, silu": (train, Case((48, 6), residual=True, activation="silu")),
     "train, mask, residual, relu": (train, Case((48, 6), mask=(0,), residual=True, activation="relu")),
+    "train, a channel's own mask": (train, Case((48, 6), mask=(0, 1), epsilon=1e-5)),
     "eval": (evaluate, Case((48, 6), epsilon=1e-5)),
     "eval, residual, hard_swish": (evaluate, Case((48, 6), residual=True, activation="hard_swish")),
     "virtual": (train, Case((48, 6), virtual_batch_size=24)),
@@ -109,22 +111,28 @@ def expected(kind, case, values, mask):
 @st.composite
 def drawn(draw, kind, case):
     """Faults `(operand, index, value)`, at most one a channel, and at least one channel without."""
-    values, _ = operands(kind, case)
+    values, mask = operands(kind, case)
+    if mask is not None and mask.shape[case.axis] > 1:
+        values["mask"] = mask
     channels = draw(st.permutations(range(case.channels)))[: draw(st.integers(1, min(case.channels - 1, 5)))]
     faults = []
     for channel in channels:
         name = draw(st.sampled_from(sorted(values)))
         index = [draw(st.integers(0, n - 1)) for n in values[name].shape]
         index[case.axis if len(index) > 1 else 0] = channel
-        faults.append((name, tuple(index), draw(st.sampled_from(VALUES))))
+        faults.append((name, tuple(index), 0.0 if name == "mask" else draw(st.sampled_from(VALUES))))
     return faults
 
 
-def put(values, faults):
+def put(values, mask, faults):
     values = {n: v.copy() for n, v in values.items()}
+    mask = None if mask is None else mask.copy()
     for name, index, value in faults:
-        values[name][index] = value
-    return values
+        if name == "mask":
+            mask[index] ^= True
+        else:
+            values[name][index] = value
+    return values, mask
 
 
 def dependent(kind, case, values, mask, fault):
@@ -132,8 +140,9 @@ def dependent(kind, case, values, mask, fault):
     name, index, _ = fault
     curved = case._replace(activation=case.activation and "silu")
     before, moved = expected(kind, curved, values, mask), {}
-    for other in (1.5 * values[name][index] + 0.1, 0.5 * values[name][index]):
-        after = expected(kind, curved, put(values, [(name, index, other)]), mask)
+    own = 1 if name == "mask" else values[name][index]
+    for other in (1.5 * own + 0.1, 0.5 * own):
+        after = expected(kind, curved, *put(values, mask, [(name, index, other)]))
         moved = {n: moved.get(n, False) | (value != before[n]) for n, value in after.items()}
     return moved
 
@@ -141,8 +150,8 @@ def dependent(kind, case, values, mask, fault):
 def check(kind, case, implementation, faults):
     values, mask = operands(kind, case)
     run = compiled(kind, case, implementation)
-    before, spoilt = jax.device_get(run(values, mask)), put(values, faults)
-    after, want = jax.device_get(run(spoilt, mask)), expected(kind, case, spoilt, mask)
+    before, spoilt = jax.device_get(run(values, mask)), put(values, mask, faults)
+    after, want = jax.device_get(run(*spoilt)), expected(kind, case, *spoilt)
     reached = [dependent(kind, case, values, mask, fault) for fault in faults]
     for name, got in after.items():
         assert got.dtype == np.float32
@@ -157,6 +166,11 @@ def check(kind, case, implementation, faults):
             label = f"{value} in {what}{index}: {name}"
             assert finite[wanted < LARGEST / MARGIN].all(), f"{label} is not finite"
             assert not finite[~(wanted < LARGEST * MARGIN)].any(), f"{label} is finite"
+            if np.isnan(value) or (np.isinf(value) and (kind is evaluate or what in ("bias", "residual"))):
+                kinds = [
+                    np.where(np.isnan(v), 2, np.where(np.isinf(v), np.sign(v), 0)) for v in (got[own], want[name][own])
+                ]
+                np.testing.assert_array_equal(*kinds, label)
             size = np.max(wanted, initial=1e-20, where=finite)
             np.testing.assert_allclose(got[own][finite], want[name][own][finite], rtol=1e-3, atol=1e-3 * size)
         left = sorted(set(range(case.channels)) - {f[1][case.axis if len(f[1]) > 1 else 0] for f in faults})

@@ -5,7 +5,9 @@ All jobs are one program. Where a setting leaves its text as it is, it is compil
 
 import contextlib
 import re
+from functools import partial
 
+import driver
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -201,12 +203,42 @@ def test_no_matrix_product(plain):
 def test_call_by_call(data, plain):
     """Without jit every operation is a program, whose results are looked at here."""
     little, large = data
-    with jax.disable_jit(), jax.debug_nans(True):
+    with jax.disable_jit(), jax.debug_nans(True), jax.debug_infs(True):
         for name, f in (BOTH | ONCE).items():
             if name not in ("second derivative", "virtual, mask"):  # a hundred programs each
                 check(f(little), plain[2][name])
         name = "train, gradients, large"  # the pieces' own programs are as with jit
         check(LARGE_JOBS[name](large), plain[2][name])
+
+
+def test_an_empty_virtual_batch_call_by_call(data):
+    """The statistics of all are pooled by operations of JAX's own, none of whose results is infinite."""
+    x, seen = data[0]["x"], np.arange(12) > 1
+    statistics = lambda: train(data[0], x, virtual_batch_size=2, mask=seen[:, None], momentum=0)[1]  # noqa: E731
+    with jax.disable_jit(), jax.debug_nans(True), jax.debug_infs(True):
+        check(statistics(), jbn.BNState(x[seen].mean(0), x[seen].var(0)))
+
+
+def test_kernels(data):
+    """By the CPU that passes for a GPU, where there is none."""
+
+    def jobs(d):
+        evaluated = jbn.bn_eval(d["params"], d["state"], d["x"], implementation="triton")
+        return evaluated, gradients(d, mask=d["mask"], activation="silu", implementation="triton")
+
+    with driver.gpu():
+        lowered = jax.jit(jobs).lower(data[0])
+        compiled = lowered.compile()
+        wanted = jax.device_get(compiled(data[0]))
+        check(wanted[1], jax.device_get(jax.jit(partial(gradients, activation="silu"))(data[0], mask=data[0]["mask"])))
+        for name in SETTINGS:
+            with setting(name):
+                if name == "no jit":
+                    found = jobs(data[0])
+                else:
+                    again = jax.jit(jobs).lower(data[0])
+                    found = (compiled if again.as_text() == lowered.as_text() else again.compile())(data[0])
+                check(found, wanted)
 
 
 @pytest.fixture(scope="module")
