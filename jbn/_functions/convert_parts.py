@@ -5,7 +5,6 @@ from itertools import pairwise
 from math import isqrt
 from typing import Any, Literal, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from jbn._functions.convert_layers import inside
@@ -137,7 +136,7 @@ def channels_last(value: Any, hint: Any) -> Any:
     """The first axis, if the hint has its sizes, from (C, *window), flattened, to (*window, C)."""
     if not isinstance(hint, tuple):
         return value
-    return jnp.moveaxis(value.reshape(*hint, *value.shape[1:]), 0, len(hint) - 1).reshape(value.shape)
+    return np.moveaxis(value.reshape(*hint, *value.shape[1:]), 0, len(hint) - 1).reshape(value.shape)
 
 
 def channels_first(value: Any, hint: Any) -> Any:
