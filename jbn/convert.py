@@ -14,10 +14,12 @@ how it moves on, which `unbiased` says to `bn_train`.
 from jbn._functions.convert_layers import Layer, from_keras, from_torch, to_keras, to_torch
 from jbn._functions.convert_match import Match, match
 from jbn._functions.convert_models import model_from_torch, model_to_torch
+from jbn._functions.convert_settings import check_settings
 
 __all__ = [
     "Layer",
     "Match",
+    "check_settings",
     "from_keras",
     "from_torch",
     "match",

@@ -67,7 +67,7 @@ def from_torch(state_dict: Mapping[str, Any], prefix: str = "", *, momentum: flo
             raise KeyError(f"state_dict has no {at + name!r}: check prefix={prefix!r} (names like it: {near})")
     state = BNState(array(state_dict[at + "running_mean"]), array(state_dict[at + "running_var"]))
     params = BNParams(*(array(state_dict[at + n]) if at + n in state_dict else None for n in ("weight", "bias")))
-    return Layer(params, state, _complement(momentum), eps, unbiased=True)
+    return Layer(params, state, complement(momentum), eps, unbiased=True)
 
 
 def to_torch(layer: Layer, prefix: str = "") -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -94,7 +94,7 @@ def to_torch(layer: Layer, prefix: str = "") -> tuple[dict[str, np.ndarray], dic
         weights["weight"] = np.ones_like(mean) if scale is None else np.asarray(scale)
         weights["bias"] = np.zeros_like(mean) if bias is None else np.asarray(bias)
     weights |= {"running_mean": mean, "running_var": var, "num_batches_tracked": np.zeros((), np.int64)}
-    options = {"eps": layer.epsilon, "momentum": _complement(layer.momentum), "affine": affine}
+    options = {"eps": layer.epsilon, "momentum": complement(layer.momentum), "affine": affine}
     return {at + name: value for name, value in weights.items()}, options
 
 
@@ -163,7 +163,7 @@ def inside(prefix: str) -> str:
     return prefix if not prefix or prefix.endswith(".") else prefix + "."
 
 
-def _complement(momentum: float) -> float:
+def complement(momentum: float) -> float:
     return round(1 - momentum, 15)  # 1 − 0.9 is not the float 0.1
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from itertools import chain, pairwise
-from math import isqrt
+from itertools import chain
 from typing import Any, NamedTuple
 
 from jbn._functions.convert_forms import Form, Layer, Path, flax_layers, likeness, stem, torch_layers
@@ -18,6 +17,7 @@ from jbn._functions.convert_parts import (
     check_names,
     check_order,
     check_variables,
+    flattened,
     part_of,
 )
 
@@ -107,7 +107,10 @@ def match(
         form = next(form for form in layer.forms if form in of[place].forms)
         if layer.forms[form] is not None:
             said[layer.name] = layer.forms[form]
-    return Match(paths, {**said, **_flattened(state_dict, paths, said, hints)})
+    parts = [part_of(state_dict, name, said.get(name)) for name in paths]
+    hints = {**flattened(parts, hints), **hints}
+    check_order(parts, hints)
+    return Match(paths, {**said, **hints})
 
 
 def _check_given(given: Mapping[str, Any], theirs: list[Layer], ours: list[Layer]) -> None:
@@ -142,10 +145,12 @@ def _check_left(found: list[list[int]], theirs: list[Layer], ours: list[Layer]) 
     lines = [
         f"{form}: {_listed(a)} in state_dict, {_listed(b)} in variables" for form, (a, b) in list(wrong.items())[:SHOWN]
     ]
+    transposed = "; a transposed convolution that Flax does not call ConvTranspose_0 needs the hint 'transposed'"
     raise ValueError(
         f"state_dict has {len(theirs)} layers and variables has {len(ours)}, and of {len(wrong)} kinds they have not "
         f"equally many; {'; '.join(lines)}. Shapes are Flax's. If it is the state_dict of this model, build the Flax "
         "model with the same sizes, and take what it does not have out of state_dict"
+        + (transposed if any(form.role == "convolution" for form in wrong) else "")
     )
 
 
@@ -164,6 +169,8 @@ def _order(ours: list[Layer]) -> list[list[int]]:
 
 def _narrow(found: list[list[int]], before: list[list[int]], theirs: list[Layer], ours: list[Layer]) -> None:
     """Takes away what order forbids, and what as many others need; until nothing changes."""
+    for our in range(len(ours)):
+        _keep(found, our, lambda _: True, theirs, ours)
     changed = True
     while changed:
         sizes = [len(places) for places in found]
@@ -269,21 +276,6 @@ def _ambiguous(found: list[list[int]], theirs: list[Layer], ours: list[Layer]) -
         f"neither kind, shape and order nor names say which layer is which: {'; '.join(lines[:SHOWN])}. Give some of "
         f"them, e.g. names={{{theirs[places[0]].name!r}: {group[0].path}}} if that is so"
     )
-
-
-def _flattened(
-    state_dict: Mapping[str, Any], names: Mapping[str, Path], said: Mapping[str, Hint], hints: Mapping[str, Hint]
-) -> dict[str, Hint]:
-    """Sizes of feature maps that a dense layer sees flattened: square ones, of the channels right before it."""
-    parts = [part_of(state_dict, name, said.get(name)) for name in names]
-    found = dict(hints)
-    for before, part in pairwise(part for part in parts if part.role != "parameter"):
-        positions, rest = divmod(part.inputs, before.outputs)
-        square = rest == 0 and positions > 1 and isqrt(positions) ** 2 == positions
-        if part.role == "dense" and before.role != "dense" and square and part.prefix not in hints:
-            found[part.prefix] = (before.outputs, positions)
-    check_order(parts, found)
-    return found
 
 
 def _forms(layer: Layer) -> str:

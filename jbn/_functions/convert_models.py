@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from jbn._functions.batch_norm import BNParams, BNState
@@ -100,17 +99,17 @@ def model_from_torch(
             _put(stats, path, {name: channels_last(v, hint) for name, v in layer.state._asdict().items()})
             _put(params, path, {n: channels_last(v, hint) for n, v in layer.params._asdict().items() if v is not None})
             continue
-        values = [array(state_dict[at + name]) for name in TENSORS if at + name in state_dict]
+        values = [numpy(state_dict[at + name]) for name in TENSORS if at + name in state_dict]
         if role == "norm":
             values = [channels_last(value, hint) for value in values]
         elif role == "dense":
             values[0] = channels_last(values[0].T, hint)
         elif role == "convolution":
-            values[0] = jnp.transpose(values[0], (*range(2, values[0].ndim), 1, 0))
+            values[0] = np.transpose(values[0], (*range(2, values[0].ndim), 1, 0))
         elif role == "transposed":
             window = tuple(range(2, values[0].ndim))
-            values[0] = jnp.transpose(jnp.flip(values[0], window), (*window, 0, 1))
-        _put(params, path, dict(zip(LEAVES[role], values, strict=False)))
+            values[0] = np.transpose(np.flip(values[0], window), (*window, 0, 1))
+        _put(params, path, dict(zip(LEAVES[role], map(array, values), strict=False)))
     used = {name for part in parts for name in tensors_of(part)}
     if left := sorted(set(state_dict) - used):
         raise ValueError(f"state_dict has {len(left)} entries that no name leads to: {', '.join(left[:5])}: add them")

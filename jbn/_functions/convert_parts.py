@@ -1,9 +1,10 @@
 """What a PyTorch layer is, by its tensors: and what they leave open has to be said."""
 
 from collections.abc import Container, Iterator, Mapping, Sequence
+from itertools import pairwise
+from math import isqrt
 from typing import Any, Literal, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from jbn._functions.convert_layers import inside
@@ -117,11 +118,25 @@ def check_order(parts: Sequence[Part], hints: Mapping[str, Hint]) -> None:
         before = part
 
 
+def flattened(parts: Sequence[Part], hints: Mapping[str, Hint]) -> dict[str, Hint]:
+    """Sizes of the feature maps that dense layers see flattened: square ones, of the channels right before them."""
+    found: dict[str, Hint] = {}
+    convolved, parts = False, [part for part in parts if part.role != "parameter"]
+    for before, part in pairwise(parts):
+        convolved |= before.role in ("convolution", "transposed")
+        positions, rest = divmod(part.inputs, before.outputs)
+        square = rest == 0 and positions > 1 and isqrt(positions) ** 2 == positions
+        maps = convolved and before.role not in ("dense", "embedding") and before.prefix not in hints
+        if part.role == "dense" and maps and square and part.prefix not in hints:
+            found[part.prefix] = (before.outputs, positions)
+    return found
+
+
 def channels_last(value: Any, hint: Any) -> Any:
     """The first axis, if the hint has its sizes, from (C, *window), flattened, to (*window, C)."""
     if not isinstance(hint, tuple):
         return value
-    return jnp.moveaxis(value.reshape(*hint, *value.shape[1:]), 0, len(hint) - 1).reshape(value.shape)
+    return np.moveaxis(value.reshape(*hint, *value.shape[1:]), 0, len(hint) - 1).reshape(value.shape)
 
 
 def channels_first(value: Any, hint: Any) -> Any:

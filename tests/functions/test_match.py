@@ -165,6 +165,24 @@ def test_nothing_is_guessed():
     }
 
 
+def test_what_is_flattened():
+    """Square maps behind a convolution; other sizes are asked for, and rows of embeddings have one order."""
+    conv = {"conv.weight": np.ones((2, 3, 1, 1))}
+    variables = flax("Dense_0", shape=(5, 8))
+    variables["params"]["Conv_0"] = {"kernel": np.ones((1, 1, 3, 2))}
+    fc = {"fc.weight": np.ones((5, 8)), "fc.bias": np.ones(5)}
+    assert convert.match(conv | fc, variables).hints == {"fc": (2, 4)}
+    assert convert.match(conv | fc, variables, hints={"fc": "dense"}).hints == {"fc": "dense"}
+    wide = flax("Dense_0", shape=(5, 6))
+    wide["params"]["Conv_0"] = variables["params"]["Conv_0"]
+    with pytest.raises(
+        ValueError, match=r"fc takes 6 features behind conv, which gives 2: .* hints={'fc': \(C, H, W\)}"
+    ):
+        convert.match(conv | {"fc.weight": np.ones((5, 6)), "fc.bias": np.ones(5)}, wide)
+    variables["params"] |= {"Conv_0": {"embedding": np.ones((3, 2))}}
+    assert convert.match({"tokens.weight": np.ones((3, 2))} | fc, variables).hints == {"tokens": "embedding"}
+
+
 def test_names_that_are_equal():
     tensors = {**dense(1, 2, 3), "query.weight": np.ones((2, 3)), "query.bias": np.ones(2)}
     assert convert.match(tensors, flax("query", "other")).names == {"net.0": ("other",), "query": ("query",)}
@@ -192,6 +210,16 @@ NAN = dense(2, 2, 3) | {"net.1.bias": np.array([0, np.nan])}
             lambda: convert.match(dense(1, 2, 4), flax("a")),
             ValueError,
             r"of 2 kinds .*; dense \(4, 2\): net\.0 in state_dict, none in variables; dense \(3, 2\): none in .*, a in",
+        ),
+        (
+            lambda: convert.match({"a.weight": np.ones((3, 5, 2))}, {"params": {"up": {"kernel": np.ones((2, 3, 5))}}}),
+            ValueError,
+            r"convolution \(2, 5, 3\) with no bias: a in .* not call ConvTranspose_0 needs the hint 'transposed'",
+        ),
+        (
+            lambda: convert.match(dense(2, 2, 3), flax("a", "b"), names={"net.0": ("a",), "net.1": ("c",)}),
+            KeyError,
+            r"names leads 'net\.1' to c",
         ),
         (
             lambda: convert.match(RESNET50, flax("a")),

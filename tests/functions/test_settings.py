@@ -1,0 +1,76 @@
+"""`convert.check_settings`: epsilon and momentum of layers that were matched."""
+
+from types import SimpleNamespace
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from jbn import convert
+
+
+class Torch:
+    """What a PyTorch model is to us: its modules by name, with their settings."""
+
+    def __init__(self, eps=1e-3, momentum=0.1):
+        self.modules = {
+            "": SimpleNamespace(),
+            "fc": SimpleNamespace(),
+            "bn": SimpleNamespace(eps=eps, momentum=momentum),
+            "ln": SimpleNamespace(eps=1e-5),
+        }
+
+    def named_modules(self):
+        return iter(self.modules.items())
+
+
+class Linen(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(True, epsilon=1e-3, momentum=0.9)(nn.Dense(3)(x))
+        return nn.LayerNorm(epsilon=1e-5)(x)
+
+
+def linen():
+    """The layers, met where they are called, and names."""
+    layers = {}
+
+    def meet(next_fun, args, kwargs, context):
+        layers[context.module.path] = context.module
+        return next_fun(*args, **kwargs)
+
+    with nn.intercept_methods(meet):
+        jax.eval_shape(Linen().init, jax.random.key(0), np.ones((2, 3), np.float32))
+    return layers, {"fc": ("Dense_0",), "bn": ("BatchNorm_0",), "ln": ("LayerNorm_0",), "token": ("token",)}
+
+
+def plain_nnx():
+    rngs = nnx.Rngs(0)
+    norm, other = nnx.BatchNorm(3, epsilon=1e-3, momentum=0.9, rngs=rngs), nnx.LayerNorm(3, epsilon=1e-5, rngs=rngs)
+    model = nnx.Sequential(nnx.Linear(3, 3, rngs=rngs), norm, other)
+    return model, {name: ["layers", i] for i, name in enumerate(("fc", "bn", "ln"))}
+
+
+@pytest.mark.parametrize("made", [linen, plain_nnx])
+def test_settings(made):
+    model, names = made()
+    convert.check_settings(Torch(), model, names)
+    at = "/".join(map(str, names["bn"]))
+    with pytest.raises(ValueError, match=rf"differ: bn asks for epsilon=1e-05, {at} has 0\.001: build the Flax layers"):
+        convert.check_settings(Torch(eps=1e-5), model, names)
+    with pytest.raises(ValueError, match=rf"differ: bn asks for momentum=0\.99, {at} has 0\.9: build"):
+        convert.check_settings(Torch(momentum=0.01), model, names)
+    with pytest.raises(ValueError, match=r"bn asks for momentum=one for each batch, n / \(n \+ 1\), .* has 0\.9"):
+        convert.check_settings(Torch(momentum=None), model, names)
+
+
+def test_errors():
+    model, names = plain_nnx()
+    with pytest.raises(TypeError, match="module is a dict, expected a PyTorch module: give the model itself"):
+        convert.check_settings({}, model, names)
+    with pytest.raises(KeyError, match="names leads 'bn' to layers/0, where model has no norm"):
+        convert.check_settings(Torch(), model, names | {"bn": ("layers", 0), "fc": ("layers", 1)})
+    with pytest.raises(KeyError, match="names leads 'ln' to a/b, where model has no norm"):
+        convert.check_settings(Torch(), {}, {"ln": ("a", "b")})
