@@ -1,22 +1,21 @@
 """Eight CPU devices, set before jax is imported; JBN_TEST_GPU=1 leaves the platform to jax.
 
-How XLA compiles is most of the tests' time and, on a CPU, changes nothing but speed and last digits: LLVM's optimizations
-are off, and jaxlib 0.10 emits fusions the old way, in a third of the time (later ones have one way). Only the files in
-`OPTIMIZED`, whose question is digits in single and half precision, are compiled as users' programs are.
+XLA's compiling is most of the tests' time and, on a CPU, how it is done changes nothing but speed and last digits:
+LLVM's optimizations are off, and jaxlib 0.10 emits fusions the old way, in a third of the time (later ones have one
+way). Only the files in `OPTIMIZED`, whose question is digits in single and half precision, are compiled as users'
+programs are.
 """
 
 import importlib.metadata
 import os
 from pathlib import Path
 
-USERS = {}  # XLA's options that differ from what users' programs are compiled with, and what these have
 if not os.environ.get("JBN_TEST_GPU"):
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # of the processes that tests start too
     if importlib.metadata.version("jaxlib").startswith("0.10."):
         os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-        USERS = {"xla_cpu_use_fusion_emitters": True, "xla_cpu_parallel_codegen_split_count": 32}
 
 import driver
 import jax
@@ -28,6 +27,9 @@ from jax._src import compiler
 from jbn._op import dispatch
 
 plugin.install()
+# XLA's own values of what is set above
+USERS = {"xla_cpu_use_fusion_emitters": True, "xla_cpu_parallel_codegen_split_count": 32}
+IS_SET = "xla_cpu_use_fusion_emitters" in os.environ.get("XLA_FLAGS", "")
 OPTIMIZED = {f"test_{name}" for name in ("cpu", "edges", "functional", "gradients", "moments", "numerics", "pieces")}
 # What they show depends on Triton alone, neither on JAX nor on Python: of several Pythons that .ci/run tests with one
 # release of Triton the first runs them.
@@ -75,13 +77,15 @@ def optimizations(request):
     wanted = request.path.stem in OPTIMIZED or driver.ON_GPU
     jax.config.update("jax_disable_most_optimizations", not wanted)
     with pytest.MonkeyPatch.context() as patch:
-        if wanted and USERS:
-            jax.clear_caches()  # of what JAX compiled for other files
+        if wanted and not driver.ON_GPU:
+            jax.clear_caches()  # of what was compiled for other files
+        if wanted and IS_SET:
             patch.setattr(compiler, "get_compile_options", as_users_do)
         yield
 
 
 def as_users_do(*args, env_options_overrides=None, get=compiler.get_compile_options, **options):
+    """Options to compile with, as if XLA_FLAGS said nothing of how fusions are emitted."""
     return get(*args, env_options_overrides=USERS | (env_options_overrides or {}), **options)
 
 
