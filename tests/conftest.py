@@ -1,7 +1,9 @@
 """Eight CPU devices, set before jax is imported; JBN_TEST_GPU=1 leaves the platform to jax.
 
-LLVM's optimizations are half of the tests' time and, on a CPU, change nothing but speed and last digits: only the files
-in `OPTIMIZED`, whose question is digits in single and half precision, are compiled as users' programs are.
+XLA's compiling is most of the tests' time and, on a CPU, how it is done changes nothing but speed and last digits:
+LLVM's optimizations are off, and jaxlib 0.10 emits fusions the old way, in a third of the time (later ones have one
+way). Only the files in `OPTIMIZED`, whose question is digits in single and half precision, are compiled as users'
+programs are.
 """
 
 import importlib.metadata
@@ -12,16 +14,22 @@ if not os.environ.get("JBN_TEST_GPU"):
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # of the processes that tests start too
+    if importlib.metadata.version("jaxlib").startswith("0.10."):
+        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 
 import driver
 import jax
 import kept
 import plugin
 import pytest
+from jax._src import compiler
 
 from jbn._op import dispatch, tables
 
 plugin.install()
+# XLA's own values of what is set above
+USERS = {"xla_cpu_use_fusion_emitters": True, "xla_cpu_parallel_codegen_split_count": 32}
+IS_SET = "xla_cpu_use_fusion_emitters" in os.environ.get("XLA_FLAGS", "")
 OPTIMIZED = {f"test_{name}" for name in ("cpu", "edges", "functional", "gradients", "moments", "numerics", "pieces")}
 # What they show depends on Triton alone, neither on JAX nor on Python: of several Pythons that .ci/run tests with one
 # release of Triton the first runs them.
@@ -77,6 +85,17 @@ def optimizations(request):
     """Set anew by each file."""
     wanted = request.path.stem in OPTIMIZED or driver.ON_GPU
     jax.config.update("jax_disable_most_optimizations", not wanted)
+    with pytest.MonkeyPatch.context() as patch:
+        if wanted and not driver.ON_GPU:
+            jax.clear_caches()  # of what was compiled for other files
+        if wanted and IS_SET:
+            patch.setattr(compiler, "get_compile_options", as_users_do)
+        yield
+
+
+def as_users_do(*args, env_options_overrides=None, get=compiler.get_compile_options, **options):
+    """Options to compile with, as if XLA_FLAGS said nothing of how fusions are emitted."""
+    return get(*args, env_options_overrides=USERS | (env_options_overrides or {}), **options)
 
 
 @pytest.fixture(scope="module")
