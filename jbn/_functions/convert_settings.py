@@ -40,7 +40,7 @@ def check_settings(module: Any, model: Any, names: Names) -> None:
         raise TypeError(f"module is a {type(module).__name__}, expected a PyTorch module: give the model itself")
     modules, wrong = dict(module.named_modules()), []
     for name, path in check_names(names).items():
-        theirs = modules.get(name)
+        theirs: Any = modules.get(name)
         if not hasattr(theirs, "eps"):
             continue
         layer = _at(model, tuple(path), name)
@@ -57,7 +57,7 @@ def check_settings(module: Any, model: Any, names: Names) -> None:
 
 
 def _at(model: Any, path: tuple[str | int, ...], name: str) -> Any:
-    layer = model.get(path) if isinstance(model, Mapping) else model
+    layer: Any = model.get(path) if isinstance(model, Mapping) else model
     for key in () if isinstance(model, Mapping) else path:
         layer = layer[key] if isinstance(key, int) else getattr(layer, key, None)
     if not hasattr(layer, "epsilon"):
