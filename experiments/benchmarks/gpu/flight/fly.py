@@ -62,7 +62,7 @@ def second(parts: Parts, dry: bool = False) -> bool:
     command = python("-m", "experiments.benchmarks.gpu.flight.side_by_side", str(parts.lines.file.name))
     with tempfile.TemporaryDirectory() as scratch:
         options = ["--dump", scratch, *["--tiny"] * dry]
-        well = parts.run(Part("flight2-steps", [*command, "steps", "--seconds", "85", *options], 90, VARIABLES))
+        well = parts.run(Part("flight2-steps", [*command, "steps", "--seconds", "72", *options], 76, VARIABLES))
         well &= parts.run(Part("flight2-layers", [*command, "layers", "--seconds", "60", *options], 70, VARIABLES))
         keep_programs(Path(scratch), parts.folder / "flight2-xla.tar.gz")
     return parts.run(tests("flight2-core", 100, 12, *CORE)) and well
