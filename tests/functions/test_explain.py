@@ -74,7 +74,7 @@ def test_floor_and_launches(triton, name):
 
 @pytest.mark.parametrize("name", ["NVIDIA H200", "NVIDIA H100 PCIe", "NVIDIA L4", "AMD Instinct MI300X"])
 def test_forecast(triton, name):
-    """For a GPU by name: a reduction in as many programs as it holds at once, the rest by tiles; times by its memory."""
+    """For a GPU by name: a reduction in as many programs as it holds at once, the rest by tiles; times by memory."""
     told = jbn.explain(LARGE, device=name, implementation="triton")
     assert (told.device, told.implementation, told.gpu.here) == (name, "triton", False)
     assert told.platform == ("rocm" if name.startswith("AMD") else "cuda")
