@@ -71,7 +71,7 @@ def duration(seconds: float) -> str:
 
 
 def markdown(records: list[dict[str, Any]]) -> str:
-    """The table that README shows, a row for each claim; an experiment's time stands in its first row."""
+    """The table of experiments/README.md, a row for each claim; an experiment's time stands in its first row."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     for record in records:
         for i, finding in enumerate(record["summary"]["findings"].values()):

@@ -38,7 +38,7 @@ def test_xla_on_this_host():
     assert told.gpu is None and "forecast" not in str(told)
 
 
-FLOORS = {  # DESIGN's table: passes over x forward, backward, in inference
+FLOORS = {  # kernels/README.md's table: passes over x forward, backward, in inference
     "plain": ({}, 3, 5, 2),
     "relu": ({"activation": "relu"}, 3, 5, 2),
     "residual": ({"residual": X}, 4, 5, 3),

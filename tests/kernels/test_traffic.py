@@ -1,4 +1,4 @@
-"""Bytes that the kernels load and store, counted by the interpreter, against DESIGN's table of passes over x.
+"""Bytes that the kernels load and store, counted by the interpreter, against the table of passes in kernels/README.md.
 
 Counting a real shape takes minutes. So the interpreter counts smaller ones, which `kernels/traffic.py` must predict to
 the byte; every real one is predicted then.
@@ -72,7 +72,7 @@ def pieces(view, dtype, residual=False, activation=None, mask=None, centred=True
     return forward, backward
 
 
-TABLE = {  # DESIGN's: options, then passes over x: (read, written) forward and backward
+TABLE = {  # of kernels/README.md: options, then passes over x: (read, written) forward and backward
     "plain": ({}, (2, 1), (4, 1)),
     "relu": ({"activation": "relu"}, (2, 1), (4, 1)),
     "residual": ({"residual": True}, (3, 1), (4, 1)),
@@ -138,7 +138,7 @@ CASES = {case.name: case for case in cases.GPU}
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_case(dtype):
-    """At its real size: at most 2 % over DESIGN's table, where x has over 1 MB."""
+    """At its real size: at most 2 % over the table, where x has over 1 MB."""
     size = np.dtype(DTYPES[dtype]).itemsize
     checked = 0
     for name, case in CASES.items():

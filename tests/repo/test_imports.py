@@ -107,7 +107,7 @@ def test_arrows_point_down():
 
 
 def test_every_file_stands_in_the_readme_of_its_folder():
-    for readme in (ROOT / "jbn/README.md", ROOT / "tests/emulator/README.md"):
+    for readme in (ROOT / folder / "README.md" for folder in ("jbn", "kernels", "tests/emulator")):
         text = readme.read_text(encoding="utf-8")
         for path in readme.parent.rglob("*.py"):
             assert path.stem == "__init__" or f"`{path.name}`" in text, f"{readme} does not name {path.name}"

@@ -1,44 +1,125 @@
-"""README's examples run, and its commands are where CI looks for them."""
+"""READMEs: their examples run, the files and headings they name are there, and commands are where CI looks for them."""
 
 import importlib.util
-import json
 import os
 import re
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
 
-from experiments.framework import catalog, report, study
+from experiments.framework import catalog, study
 from experiments.framework.record import Options, Results
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+ROOMS = [ROOT / name for name in ("jbn", "kernels", "experiments", "tests")]
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *(path for room in ROOMS for path in sorted(room.rglob("README.md"))))
+}
+README = PAGES["README.md"]
+FILES = {path.name for room in ROOMS for path in room.rglob("*.py")}
 FILE = r"<!-- experiment: (\w+) -->\n```python\n(.*?)```"  # a whole file, not a script
-EXAMPLES = re.findall(r"```python\n(.*?)```", re.sub(FILE, "", README, flags=re.DOTALL), re.DOTALL)
 
 
-@pytest.mark.parametrize("source", EXAMPLES, ids=[f"example {i}" for i in range(len(EXAMPLES))])
-def test_example_runs(source):
+class Example(NamedTuple):
+    page: str
+    line: int  # before its first
+    source: str
+
+
+def examples(page: str, text: str) -> list[list[Example]]:
+    """Those of a page. One that begins with an import begins anew, any other goes on from those before it."""
+    text = re.sub(FILE, lambda match: "\n" * match[0].count("\n"), text, flags=re.DOTALL)
+    found: list[list[Example]] = []
+    for block in re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        if re.match("import |from ", block[1]):
+            found.append([])
+        found[-1].append(Example(page, text.count("\n", 0, block.start(1)), block[1]))
+    return found
+
+
+EXAMPLES = [group for page, text in PAGES.items() for group in examples(page, text)]
+SOURCES = [example.source for group in EXAMPLES for example in group]
+
+
+def run(group: list[Example]) -> None:
+    names = {"__name__": "readme"}
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        exec(compile(source, "README.md", "exec"), {"__name__": "readme"})
+        for page, line, source in group:
+            exec(compile("\n" * line + source, page, "exec"), names)  # errors name the page's line
+
+
+@pytest.mark.parametrize("group", EXAMPLES, ids=[f"{group[0].page}:{group[0].line}" for group in EXAMPLES])
+def test_example_runs(group):
+    run(group)
+
+
+def test_an_example_goes_on_from_those_before_it():
+    blocks = ("import os\na = 1\n", "a += 1\n", "import os\n", "a\n")
+    text = "\n".join(f"```python\n{block}```\n" for block in blocks)
+    first, second = examples("page", text)
+    run(first)
+    with pytest.raises(NameError) as error:
+        run(second)
+    assert error.traceback[-1].lineno == 14
 
 
 def test_there_are_examples_of_each_interface():
-    for text in ("jbn.bn_train", "from jbn.linen import", "from jbn.nnx import", "jax.shard_map", "mask="):
-        assert any(text in source for source in EXAMPLES)
+    for text in ("jbn.bn_train", "from jbn.linen import", "jbn.nnx.BatchNorm", "jax.shard_map", "mask=", "norm_mask"):
+        assert text in "".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL)), text
 
 
 def test_every_function_of_the_family_is_in_an_example():
-    (table,) = re.findall(r"### The rest of the family\n.*?\n\|---\|---\|\n(.*?)\n\n", README, re.DOTALL)
+    (table,) = re.findall(r"## The family by example\n.*?\n\|---\|---\|\n(.*?)\n\n", PAGES["jbn/README.md"], re.DOTALL)
     names = [name for row in table.splitlines() for name in re.findall(r"`([\w.]+)`", row.split("|")[1])]
     assert len(names) > 20
     for name in names:
-        assert any(re.search(rf"\b{re.escape(name)}[(=,]", source) for source in EXAMPLES), name
+        assert any(re.search(rf"\b{re.escape(name)}[(=,]", source) for source in SOURCES), name
+
+
+def test_every_room_has_a_page_and_the_first_is_short():
+    assert {f"{room.name}/README.md" for room in ROOMS} < PAGES.keys()
+    assert len(README.splitlines()) <= 200
+
+
+def headings(text: str) -> set[str]:
+    """What links to a page's headings name, as GitHub makes it of them."""
+    found = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+def broken(page: str, text: str) -> list[str]:
+    """Links within the project that lead nowhere, and names of files, in backticks, that no folder from here up has."""
+    here, found = (ROOT / page).parent, []
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
+        path, _, heading = link.partition("#")
+        target = (here / path).resolve()
+        if not target.exists():
+            found.append(link)
+        elif heading and heading not in headings(target.read_text(encoding="utf-8") if path else text):
+            found.append(link)
+    for name in re.findall(r"`((?:\w[\w.-]*/)+[\w.-]*|[\w.-]+\.py)`", text):
+        above = [here, *(folder for folder in here.parents if folder.is_relative_to(ROOT))]
+        if name not in FILES and not any((folder / name).exists() for folder in above):
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_names_is_there(page):
+    assert broken(page, PAGES[page]) == []
+
+
+def test_what_is_not_there_is_found():
+    links = "# A … b\n[a](README.md#install) [b](README.md#none) [c](#a--b) [d](no.md)"
+    text = f"{links} `jbn/no.py` `no.py` `jbn/_op/` `linen.py`"
+    assert broken("README.md", text) == ["README.md#none", "no.md", "jbn/no.py", "no.py"]
 
 
 @pytest.mark.parametrize("name", ["run", "test"])
@@ -48,7 +129,7 @@ def test_commands_are_marked(name):
 
 
 def test_an_experiment_is_thirty_lines_and_runs(tmp_path):
-    [(name, source)] = re.findall(FILE, README, re.DOTALL)
+    [(name, source)] = re.findall(FILE, PAGES["experiments/README.md"], re.DOTALL)
     statements = [line for line in source.splitlines() if line.strip()]
     assert len(statements) < 40
     (tmp_path / "claims").mkdir()
@@ -65,46 +146,9 @@ def test_an_experiment_is_thirty_lines_and_runs(tmp_path):
     assert results.save(tmp_path, experiment.figure)
 
 
-def test_claims_are_what_was_measured():
-    [shown] = re.findall(r"<!-- claims -->\n(.*?)<!-- /claims -->", README, re.DOTALL)
-    assert shown == report.markdown(report.read(ROOT / "experiments/results/cpu"))
-
-
-def test_speed_is_what_was_measured():
-    results = json.loads((ROOT / "experiments/results/cpu/speed.json").read_text(encoding="utf-8"))
-    means = results["summary"]["speedup_geometric_mean"]
-    shown = " | ".join(f"{means[name]:.2f}×" for name in ("jbn.bn_train", "jbn.linen", "torch"))
-    assert f"| geometric mean | | {shown} |" in README
-
-
-def test_digits_are_what_was_measured():
-    results = json.loads((ROOT / "experiments/results/cpu/digits.json").read_text(encoding="utf-8"))
-    for row in results["rows"]:
-        accuracy = f"{100 * row['accuracy_mean']:.1f} ± {100 * row['accuracy_deviation']:.1f}"
-        assert re.search(rf"\| {row['learning_rate']:g} \| {row['network']} \| .* \| {accuracy} \|", README)
-
-
-def test_folding_is_what_was_measured():
-    results = json.loads((ROOT / "experiments/results/cpu/folding.json").read_text(encoding="utf-8"))
-    assert results["complete"] and results["summary"] == {"folded": 53, "left": 0}
-    assert f"of {results['configuration']['turns']} turns" in README
-    for before, after in zip(results["rows"][::2], results["rows"][1::2], strict=True):
-        quartiles = f"{after['speedup_lower_quartile']:.2f}–{after['speedup_upper_quartile']:.2f}"
-        times = f"{before['milliseconds']:.1f} | {after['milliseconds']:.1f}"
-        assert f"| {before['case']} | {times} | {after['speedup']:.2f}× ({quartiles}) |" in README
-
-
-def test_communication_is_what_was_measured():
-    rows = json.loads((ROOT / "experiments/results/cpu/communication.json").read_text(encoding="utf-8"))["rows"]
-    for devices in (8, 256, 4096):
-        found = [row for row in rows if row["devices"] == devices]
-        cells = (f"{row['collectives']}, {row['received_bytes'] / 1e6:.3g} MB" for row in found)
-        assert f"| {devices} | {' | '.join(cells)} |" in README
-
-
 def test_script_over_processes(tmp_path):
     """As `mpirun` would start it: two processes of two devices, which Open MPI's variables tell from each other."""
-    (source,) = re.findall(r"```py\n(.*?)```", README, re.DOTALL)
+    (source,) = re.findall(r"```py\n(.*?)```", PAGES["jbn/README.md"], re.DOTALL)
     script = tmp_path / "script.py"
     script.write_text(source, encoding="utf-8")
     with socket.socket() as probe:

@@ -164,7 +164,7 @@ def row(task: Task, name: str, each: str, error: str | None = None, **found: Any
 
 
 def floor(task: Task, name: str, each: str) -> int:
-    """Bytes that a pass cannot do without, from DESIGN's table; of a copy, one read and one write."""
+    """Bytes that a pass cannot do without, from the table in kernels/README.md; of a copy, one read and one write."""
     if name == "copy":
         return 2 * task.size
     x = jax.ShapeDtypeStruct(task.shape, jnp.dtype(task.dtype))
