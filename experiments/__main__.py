@@ -8,7 +8,7 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from experiments.framework import catalog
 from experiments.framework.experiment import Job, Study
@@ -19,6 +19,7 @@ COMMANDS = {
     "all": "every experiment on a claim, one after the other, then the report",
     "list": "the experiments there are",
     "report": "one HTML page and one table from the results in --out",
+    "redraw": "figures, verdicts and words of the results in --out from their numbers, and the report: nothing is run",
 }
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 Entries = dict[str, catalog.Entry]
@@ -95,12 +96,21 @@ def execute(name: str, entry: catalog.Entry, options: Options) -> int:
     finally:  # after any other error too, what was finished is kept
         if results.rows and jax.process_index() == 0:  # of several that run as one, the first alone tells
             Console().print(experiment.table(results))
+            results.told = told(experiment, results)
             paths = results.save(options.out, experiment.figure)
             part = "" if results.complete else f"what was finished (rows: {len(results.rows)}) to "
             print(f"wrote {part}{', '.join(map(str, paths))}")
     if not results.rows:
         print("nothing was finished, nothing is written", file=sys.stderr)
     return 0 if results.complete else INTERRUPTED
+
+
+def told(experiment: Job, results: Results) -> dict[str, Any]:
+    """What the report says of a job that is finished: question, design, and what was found."""
+    from experiments.framework import study
+
+    found = getattr(experiment, "found", None)
+    return {**study.words(experiment), "found": found(results)} if found and results.complete else {}
 
 
 def investigate(name: str, entry: catalog.Entry, options: Options) -> int:
@@ -150,6 +160,26 @@ def investigate_all(entries: Entries, options: Options) -> int:
     return 1 if failed else status
 
 
+def redraw(entries: Entries, out: Path) -> int:
+    """Writes results again, with what follows from their rows as the code is now; returns the exit status."""
+    from experiments.framework import study
+
+    for name, entry in entries.items():
+        if (out / f"{name}.json").exists():
+            experiment = catalog.load(entry)
+            try:
+                results = Results.read(out / f"{name}.json")
+            except (ValueError, TypeError) as error:
+                print(f"error: {out / name}.json is damaged ({error}): run that experiment again", file=sys.stderr)
+                return 1
+            if entry.is_claim:
+                study.conclude(cast(Study, experiment), results)
+            else:
+                results.told = told(cast(Job, experiment), results)
+            print(f"wrote {', '.join(map(str, results.save(out, experiment.figure)))}")
+    return report(out)
+
+
 def report(out: Path) -> int:
     """Writes the report on the results in a folder; returns the exit status."""
     from experiments.framework.report import NothingToReport, write
@@ -172,6 +202,8 @@ def main(arguments: list[str]) -> int:
             return 0
         if name == "all":
             return investigate_all(entries, options)
+        if name == "redraw":
+            return redraw(entries, options.out)
         if name == "report":
             return report(options.out)
         return (investigate if entries[name].is_claim else execute)(name, entries[name], options)

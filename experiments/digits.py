@@ -1,4 +1,4 @@
-"""Batch norm trains a small CNN on real digits faster, and over a wider range of learning rates.
+"""Does batch norm train a small CNN on real digits faster, and over a wider range of learning rates?
 
 The same network, with `jbn.linen.BatchNorm` after each convolution and without, is trained by plain SGD on
 4,000 MNIST digits at several learning rates; both start from the same seeds and see the digits in the same
@@ -123,6 +123,21 @@ def table(results: Results) -> Any:
             end_section=after is not None and after["learning_rate"] != row["learning_rate"],
         )
     return shown
+
+
+def found(results: Results) -> list[str]:
+    """The fewest steps to the target, and the learning rates at which every seed reaches it."""
+    fewest, working = [], []
+    for network in NETWORKS:
+        rows = [row for row in results.rows if row["network"] == network and row["reached"] == row["seeds"]]
+        steps = f"{min(row['steps_mean'] for row in rows):.0f} steps" if rows else "never"
+        fewest.append(f"{steps} with {network}")
+        rates = ", ".join(f"{row['learning_rate']:g}" for row in rows) or "no learning rate"
+        working.append(f"{rates} with {network}")
+    return [
+        f"{100 * TARGET:g} % test accuracy, at the fastest learning rate: {', '.join(fewest)} (mean over seeds).",
+        f"Learning rates at which every seed reaches it: {'; '.join(working)}.",
+    ]
 
 
 def figure(results: Results) -> Any:

@@ -1,4 +1,4 @@
-"""The kernels compile without spills, to 16-byte accesses, for GPUs that need not be here.
+"""Do the kernels compile without spills, for GPUs that need not be here?
 
 Every kernel, as it is launched for three representative layouts, is compiled ahead of time for three NVIDIA
 architectures and one of AMD's; registers, spills, shared memory and the width of each access to global memory are
@@ -10,7 +10,7 @@ import importlib.metadata
 from collections.abc import Iterator
 from typing import Any
 
-from experiments.framework.plots import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, key, pyplot
+from experiments.framework.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, pyplot, samples
 from experiments.framework.record import Options, Results, progress, require
 
 require("triton")
@@ -21,6 +21,7 @@ from jbn.kernels.launches import Launch, Mask, Problem  # noqa: E402
 from jbn.kernels.tiling import View  # noqa: E402
 
 PROCESSORS = 132  # multiprocessors of an H100, which the choice of tiles asks for
+MOST_REGISTERS = 255  # of a thread, on NVIDIA's
 REGISTERS, THREADS = 65536, 2048  # of a multiprocessor
 VIEWS = {
     "last": View(1, 32 * 56 * 56, 256, 1),
@@ -146,12 +147,12 @@ def table(results: Results) -> Any:
 
 
 def figure(results: Results) -> Any:
-    """Registers a thread, of each launch, by layout; a dot for each target, filled for bfloat16."""
+    """Registers a thread, of each launch, by layout; a dot for each target and dtype, told once above all panels."""
     told = results.configuration
     names = list(dict.fromkeys(row["launch"] for row in results.rows))
     layouts = told["layouts"]
     fig, panels = pyplot().subplots(
-        1, len(layouts), figsize=(7.2, 3.6), sharey=True, sharex=True, squeeze=False, layout="constrained"
+        1, len(layouts), figsize=(7.2, 4), sharey=True, sharex=True, squeeze=False, layout="constrained"
     )
     for axes, layout in zip(panels[0], layouts, strict=True):
         for row in results.rows:
@@ -160,11 +161,30 @@ def figure(results: Results) -> Any:
                 color = COLORS[row["target"]] if not row["spilled"] else VERMILION
                 filling = color if row["dtype"] == "bfloat16" else "white"
                 axes.plot(row["registers"], place, "o", color=color, markerfacecolor=filling, markersize=3.5)
-        axes.axvline(255, color=PURPLE, linewidth=0.8)
+        axes.axvline(MOST_REGISTERS, color=PURPLE, linewidth=0.8)
         axes.set(
             title=f"channels {layout}" if layout != "unaligned" else "first, unaligned", xlabel="registers a thread"
         )
     panels[0, 0].set_yticks(range(len(names)), names)
     panels[0, 0].set(ylim=(len(names) - 0.5, -0.5), xlim=(0, 262))
-    key(panels[0, -1], {target: COLORS[target] for target in told["targets"]}, 0.6, 0.98)
+    dot = {"marker": "o", "linestyle": "none", "markersize": 4}
+    drawn = {target: {**dot, "color": COLORS[target]} for target in told["targets"]}
+    if any(row["spilled"] for row in results.rows):
+        drawn["spilled"] = {**dot, "color": VERMILION}
+    drawn |= {
+        "bfloat16": {**dot, "color": GREY},
+        "float32": {**dot, "color": GREY, "markerfacecolor": "white"},
+        f"{MOST_REGISTERS}, NVIDIA's most": {"color": PURPLE, "linewidth": 0.8},
+    }
+    samples(fig, drawn, loc="outside upper left", ncols=len(drawn), columnspacing=1, handlelength=1)
     return fig
+
+
+def found(results: Results) -> list[str]:
+    """Spills and registers."""
+    told, summary = results.configuration, results.summary
+    return [
+        f"{summary['spilling'] or 'None'} of {summary['binaries']} binaries spills registers; the largest takes "
+        f"{summary['registers_most']} of {MOST_REGISTERS} a thread.",
+        f"{len(told['layouts'])} layouts, {' and '.join(told['dtypes'])}, for {', '.join(told['targets'])}.",
+    ]

@@ -1,4 +1,4 @@
-"""Batch norm's collectives in a training step of ResNet-50, and the bytes they bring to a device.
+"""What do batch norm's collectives bring to a device in a training step of ResNet-50?
 
 Every distinct width of ResNet-50's 53 batch norms is lowered once a candidate and number of devices, forward and
 backward to x, float32, the batch split over the devices; collectives and the sizes of their results are read from the
@@ -28,7 +28,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jbn.linen
-from experiments.framework.plots import BLUE, GREEN, GREY, VERMILION, pyplot
+from experiments.framework.plots import BLUE, GREEN, GREY, VERMILION, name, pyplot
 from experiments.framework.record import Options, Results, progress
 from experiments.material.cases import resnet50
 
@@ -176,26 +176,46 @@ def table(results: Results) -> Any:
     return shown
 
 
+def found(results: Results) -> list[str]:
+    """What each candidate brings on the most devices; how many collectives each takes."""
+    most = max(each["devices"] for each in results.rows)
+    received = (f"{amount(each['received_bytes'])} ({each['candidate']})" for each in on(results, most))
+    collectives = (
+        f"{name}: {', '.join(str(each['collectives']) for each in results.rows if each['candidate'] == name)}"
+        for name in CANDIDATES
+    )
+    numbers = ", ".join(f"{devices:,}" for devices in sorted({each["devices"] for each in results.rows}))
+    return [
+        f"On {most:,} devices each receives, in a step, {', '.join(received)}.",
+        f"Collectives of a step on {numbers} devices, {'; '.join(collectives)}.",
+    ]
+
+
+def on(results: Results, devices: int) -> list[dict[str, Any]]:
+    """The rows of one number of devices."""
+    return [each for each in results.rows if each["devices"] == devices]
+
+
 def figure(results: Results) -> Any:
-    """Bytes received over the number of devices, a line for each candidate, its collectives at the points."""
-    plt = pyplot()
-    fig, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for name, color in COLORS.items():
-        rows = [each for each in results.rows if each["candidate"] == name]
-        if not rows:
-            continue
-        x, y = [each["devices"] for each in rows], [each["received_bytes"] / 1e6 for each in rows]
-        axes.plot(x, y, "o-", color=color)
-        counts = " → ".join(str(each["collectives"]) for each in rows)
-        below = -1 if name == "flax.linen" else 1
-        axes.annotate(
-            f"{name}: {counts}", (x[-1], y[-1]), (-6, 8 * below), textcoords="offset points", color=color,
-            ha="right", va="bottom" if below > 0 else "top", fontsize="small",
-        )  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlabel="devices", ylabel="MB received by a device")
-    axes.set_xticks(sorted({each["devices"] for each in results.rows}))
-    axes.minorticks_off()
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.margins(y=0.15)
-    axes.set_title("ResNet-50's batch norms, one step: bytes, and number of collectives")
+    """Bytes received and collectives: a panel for each number of devices, a dot for each candidate.
+
+    Nothing joins numbers of devices: jbn chooses another algorithm for many than for few.
+    """
+    numbers = sorted({each["devices"] for each in results.rows})
+    fig, panels = pyplot().subplots(
+        len(numbers), figsize=(6, 0.7 + 1.05 * len(numbers)), sharex=True, squeeze=False, layout="constrained"
+    )
+    for axes, devices in zip(panels[:, 0], numbers, strict=True):
+        rows = on(results, devices)
+        for place, each in enumerate(rows):
+            color, received = COLORS[each["candidate"]], each["received_bytes"]
+            axes.plot(received / 1e6, place, "o", color=color)
+            name(axes, received / 1e6, place, f"{amount(received)} in {each['collectives']}", color, xytext=(7, 0))
+        axes.set_yticks(range(len(rows)), [each["candidate"] for each in rows])
+        axes.set(title=f"{devices:,} devices", xscale="log", ylim=(len(rows) - 0.4, -0.6))
+        axes.grid(False)  # no line crosses what is written
+        axes.minorticks_off()
+    most = max(each["received_bytes"] for each in results.rows) / 1e6
+    panels[-1, 0].set(xlabel="MB received by a device in a step, and in how many collectives", xlim=(0.4, 30 * most))
+    panels[-1, 0].xaxis.set_major_formatter("{x:g}")
     return fig

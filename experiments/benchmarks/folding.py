@@ -1,4 +1,4 @@
-"""ResNet-50's inference takes less time with its batch norms folded into the convolutions.
+"""Does ResNet-50's inference take less time with its batch norms folded into the convolutions?
 
 Both models compute the same logits (checked) from the same variables, in float32, under `jax.jit`, which has the
 variables as arguments: as constants XLA would fold some of it by itself. They take turns, so that whatever else the
@@ -96,6 +96,21 @@ def table(results: Results) -> Any:
         quartiles = f"{after['speedup_lower_quartile']:.2f}–{after['speedup_upper_quartile']:.2f}"
         shown.add_row(name, *times, f"{after['speedup']:.2f}× ({quartiles})")
     return shown
+
+
+def found(results: Results) -> list[str]:
+    """Whether folding is faster, and the speed of each case."""
+    rows = [each for each in results.rows if each["candidate"] == FOLDED]
+    faster = sum(each["speedup_lower_quartile"] > 1 for each in rows)
+    speeds = ", ".join(
+        f"{each['speedup']:.2f}× ({each['speedup_lower_quartile']:.2f} to {each['speedup_upper_quartile']:.2f}) "
+        f"on {each['case']}"
+        for each in rows
+    )
+    return [
+        f"Folded is faster beyond the spread between turns in {faster or 'none'} of {len(rows)} cases on this device.",
+        f"Speed over {BASELINE}, median and quartiles: {speeds}.",
+    ]
 
 
 def figure(results: Results) -> Any:

@@ -241,6 +241,7 @@ def effects(rows: list[dict[str, Any]], configuration: dict[str, Any]) -> dict[s
 def figure(results: Any) -> Any:
     told = results.configuration
     fig, panels = pyplot().subplots(1, 2, figsize=(7.2, 3.2), sharey=True, layout="constrained")
+    panels[1].tick_params(labelleft=True)  # a narrow page shows it below the other
     for axes, (network, methods) in zip(panels, told["batch_sizes"].items(), strict=True):
         ends = {}
         for method, sizes in methods.items():

@@ -113,6 +113,7 @@ def effects(rows: list[dict[str, Any]], configuration: dict[str, Any]) -> dict[s
 def figure(results: Any) -> Any:
     told = results.configuration
     fig, panels = pyplot().subplots(1, 2, figsize=(7.2, 3), sharey=True, layout="constrained")
+    panels[1].tick_params(labelleft=True)  # a narrow page shows it below the other
     for axes, activation in zip(panels, ACTIVATIONS, strict=True):
         axes.set_title(activation)
         axes.axhline(100 * told["target"], color=GREY, linewidth=0.8, linestyle=DASHES)

@@ -23,7 +23,20 @@ from flax import linen as nn
 from jax import Array
 
 from experiments.framework.claim import Claim, Rule, interval
-from experiments.framework.plots import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, lines, name, pyplot
+from experiments.framework.plots import (
+    BLUE,
+    DASHES,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    lines,
+    name,
+    pyplot,
+    samples,
+)
 from experiments.framework.study import find
 from experiments.material.data import Split
 from experiments.material.data.bikes import load_bikes
@@ -64,6 +77,7 @@ CAPTION = (
     "than predicting the mean."
 )
 OPTIMIZERS = ("SGD", "Adam")
+UNSCALED = ("batch norm", "natural units")  # what the network is given
 COLORS = {
     "standardize": GREEN,
     "batch norm": BLUE,
@@ -89,7 +103,7 @@ class Regression(nn.Module):
 
 def scaled(method: str, x: Array, fitted_to: Array) -> Array:
     """`x` as the network of this method sees it; a scaling learned from `fitted_to` alone."""
-    if method in ("natural units", "batch norm"):
+    if method in UNSCALED:
         return x
     if method == "unit length":
         return scaling.unit_length(x)
@@ -212,8 +226,9 @@ def figure(results: Any) -> Any:
             if place == len(colors) - 1:
                 name(best, high, place + shift, optimizer, color, xytext=(7, 0), fontsize=8)
             curves = np.array(find(results.rows, optimizer=optimizer, method=method)["r2"])[told["choosing_seeds"] :]
-            style = "-" if method in ("batch norm", "natural units") else (0, (3, 1))
+            style = "-" if method in UNSCALED else DASHES
             lines(axes, told["learning_rates"], curves, color, linestyle=style)
     over_rates[0].set_ylabel("test R²")
-    over_rates[1].tick_params(labelleft=False)
+    drawn = {"scaled features": {"color": GREY, "linestyle": DASHES}, "natural units,\nor batch norm": {"color": GREY}}
+    samples(over_rates[0], drawn, loc="upper left")
     return fig

@@ -26,18 +26,16 @@ from jax import Array
 
 from experiments.framework.claim import Claim, Rule, interval
 from experiments.framework.plots import (
-    BLUE,
     DASHES,
     GREY,
     INK,
     NORM_COLORS,
     ORANGE,
-    VERMILION,
     decades,
-    key,
     lines,
     name,
     pyplot,
+    samples,
 )
 from experiments.framework.study import find
 from experiments.material.data import Split
@@ -81,6 +79,9 @@ DIGITS = {
     "sigmoid": (nn.sigmoid, nn.initializers.lecun_normal()),
     "relu": (nn.relu, nn.initializers.he_normal()),
 }
+THEORY_DRAWN = {"theory": {"color": GREY, "linestyle": DASHES, "linewidth": 1}}
+MEASURED = {"measured": {"color": GREY}}
+MEASURED_DOTS = {"measured": {"color": GREY, "marker": "o", "markersize": 4, "linestyle": "none"}}
 THEORIES = {"relu": (jax.nn.relu, ORANGE), "linear": (lambda x: x, INK)}
 
 
@@ -208,9 +209,13 @@ def draw_digits(axes: Any, results: Any) -> None:
     axes.axhline(0, color=GREY, linewidth=0.6)
     axes.set(title="digits", xlabel="layer", ylabel="gradient / that of the last layer")
     low, high = axes.get_ylim()
-    axes.set_ylim(low, high + 0.5 * (high - low))
-    key(axes, {"relu, batch norm": BLUE, "sigmoid, batch norm": BLUE, "relu, no norm": VERMILION}, y=0.99)
-    key(axes, {"sigmoid, no norm": VERMILION}, 0.97, 0.02, ha="right", va="bottom")
+    axes.set_ylim(low, high + 0.6 * (high - low))
+    drawn = {
+        f"{activation}, {network}": {"color": color, "linestyle": style}
+        for network, color in NORM_COLORS.items()
+        for activation, style in (("relu", DASHES), ("sigmoid", "solid"))
+    }
+    samples(axes, drawn, loc="upper left")
     decades(axes)
 
 
@@ -228,6 +233,9 @@ def draw_depth(axes: Any, results: Any) -> None:
             axes.plot(depth, depth * np.log10(theory(activation, batch)), color=GREY, linestyle=DASHES, linewidth=1)
     axes.set(title="growth through layers", xlabel="layers from the last", xlim=(0, 1.9 * depth[-1]))
     axes.set(xticks=np.linspace(0, len(depth), 3), ylabel="squared gradient, likewise")
+    samples(axes, MEASURED | THEORY_DRAWN, loc="upper right")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.25 * (high - low))  # for the legend
     decades(axes)
 
 
@@ -256,4 +264,5 @@ def draw_batches(axes: Any, results: Any) -> None:
     )
     axes.set_xscale("log", base=2)
     axes.set(title="rate per layer", xlabel="batch size")
+    samples(axes, MEASURED_DOTS | THEORY_DRAWN, loc="upper right")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")

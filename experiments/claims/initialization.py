@@ -122,6 +122,7 @@ def effects(rows: list[dict[str, Any]], configuration: dict[str, Any]) -> dict[s
 def figure(results: Any) -> Any:
     told = results.configuration
     fig, panels = pyplot().subplots(1, 2, figsize=(7.2, 3.2), sharey=True, layout="constrained")
+    panels[1].tick_params(labelleft=True)  # a narrow page shows it below the other
     for axes, chosen in zip(panels, (tuned, untuned), strict=True):
         for network, color in NORM_COLORS.items():
             lines(axes, scales(told), 100 * chosen(find(results.rows, network=network), told), color)

@@ -34,16 +34,24 @@ class Rule:
                 return verdict
         return NOT_SUPPORTED
 
-    def __str__(self) -> str:
-        return f"supported {span(self.supported)}, contradicted {span(self.contradicted)}"
+    def told(self, unit: str = "") -> str:
+        """The rule in words, its borders in the unit of the effect."""
+        return f"{span(self.supported, unit)} supported, {span(self.contradicted, unit)} contradicted"
 
 
-def span(bounds: tuple[float, float]) -> str:
-    """A range in words."""
-    low, high = bounds
-    if math.isinf(low):
-        return f"at or below {high:g}"
-    return f"at or above {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
+def span(bounds: tuple[float, float], unit: str) -> str:
+    """A range, as people write it."""
+    low, high = (f"{float(f'{bound:.3g}'):,g}" for bound in bounds)
+    if math.isinf(bounds[0]):
+        return f"≤ {high}{counted(bounds[1], unit)}"
+    if math.isinf(bounds[1]):
+        return f"≥ {low}{counted(bounds[0], unit)}"
+    return f"{low} to {high}{counted(bounds[1], unit)}"
+
+
+def counted(value: float, unit: str) -> str:
+    """The unit as it follows a value: one point, two points."""
+    return unit.removesuffix("s") if abs(value) == 1 and unit in (" points", " decades") else unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +131,7 @@ def judge(claim: Claim, samples: Sequence[float], quick: bool) -> dict[str, Any]
     low, middle, high = interval(samples, ratio=claim.ratio)
     return {
         **dataclasses.asdict(claim),
-        "rule": str(claim.rule),
+        "rule": claim.rule.told(claim.unit),
         "samples": list(map(float, samples)),
         "low": low,
         "mean": middle,

@@ -18,7 +18,11 @@ Row = dict[str, Any]  # a part, and what was found
 
 
 class Job(Protocol):
-    """An experiment that runs itself; it may have `ENVIRONMENT`, variables to start with, and `arguments(group)`."""
+    """An experiment that runs itself.
+
+    It may have `ENVIRONMENT`, variables to start with; `arguments(group)`; and `found(results)`, sentences of what was
+    found, the most telling first, for the report. Its docstring's first line is the question.
+    """
 
     def run(self, options: Options, results: Results) -> None:
         """Measures, appending each row to the results as it is finished."""

@@ -132,6 +132,15 @@ def key(axes: Any, colors: dict[str, str], x: float = 0.03, y: float = 0.97, **w
         axes.annotate(text, (x, y), (0, down), "axes fraction", "offset points", color=color, **where)
 
 
+def samples(axes: Any, drawn: dict[str, dict[str, Any]], **where: Any) -> None:
+    """A legend that shows how each line or dot is drawn (text → what `Line2D` takes)."""
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], label=text, **style) for text, style in drawn.items()]
+    where = {"frameon": False, "fontsize": 8, "handlelength": 2.2, "borderaxespad": 0.2, **where}
+    axes.legend(handles=handles, **where)
+
+
 def decades(axes: Any) -> None:
     """Ticks for a y axis of logarithms to base 10: powers of ten, with 2 and 5 times these where they are few."""
     low, high = axes.get_ylim()

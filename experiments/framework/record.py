@@ -53,9 +53,17 @@ class Results:
     configuration: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
+    told: dict[str, Any] = field(default_factory=dict)  # what a job says of itself and of what it found
+    environment: dict[str, Any] | None = None  # None: this process's
     complete: bool = False
     seconds: float | None = None  # None: since it was made
     started: float = field(default_factory=time.perf_counter)
+
+    @classmethod
+    def read(cls, path: Path) -> "Results":
+        """The results that `save` wrote to a JSON file."""
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return cls(record.pop("experiment"), **record)
 
     def save(self, out: Path, figure: Callable[["Results"], Any]) -> list[Path]:
         """Writes `<out>/<name>.json`, `.csv`, `.png` and `.svg`, each whole or not at all; returns the paths."""
@@ -67,7 +75,7 @@ class Results:
             paths.append(out / f"{self.name}{suffix}")
             with replacing(paths[-1]) as temporary:
                 # no date inside, so that the same results give the same bytes
-                metadata = {"Date": None} if suffix == ".svg" else {}
+                metadata = {"Date": None, "Coverage": parts(drawn)} if suffix == ".svg" else {}
                 drawn.savefig(temporary, format=suffix[1:], metadata=metadata)
         pyplot.close(drawn)  # which keeps it open otherwise
         return paths
@@ -78,9 +86,10 @@ class Results:
             "experiment": self.name,
             "complete": self.complete,
             "configuration": self.configuration,
-            "environment": environment(),
+            "environment": environment() if self.environment is None else self.environment,
             "seconds": round(time.perf_counter() - self.started, 2) if self.seconds is None else self.seconds,
             "summary": self.summary,
+            **({"told": self.told} if self.told else {}),
             "rows": self.rows,
         }
         out.mkdir(parents=True, exist_ok=True)
@@ -96,6 +105,27 @@ class Results:
             writer.writeheader()
             writer.writerows(self.rows)
         return paths
+
+
+def parts(figure: Any) -> str:
+    """Where a figure can be cut between panels, in points from the left: a narrow page shows it in these parts.
+
+    A panel that shares its y axis with the one on its left stays with it; what stands over several panels keeps all.
+    """
+    width = round(72 * figure.get_figwidth(), 1)
+    if figure.texts or figure.legends or figure.subfigs or figure.get_suptitle():
+        return f"0 {width}"
+    boxes = sorted(
+        (box.x0, box.x1, axes.yaxis.get_tick_params()["labelleft"])
+        for axes in figure.axes
+        if (box := axes.get_tightbbox()) is not None
+    )
+    cuts, end = [], boxes[0][1] if boxes else 0
+    for low, high, labelled in boxes:
+        if low > end and labelled:
+            cuts.append(round((low + end) / 2 * 72 / figure.dpi, 1))
+        end = max(end, high)
+    return " ".join(map(str, (0, *cuts, width)))
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """The report on a folder of results: one HTML page that needs nothing else, and one Markdown table."""
 
 import html
+import itertools
 import json
 import re
 import string
@@ -82,52 +83,88 @@ def markdown(records: list[dict[str, Any]]) -> str:
 
 
 def page(records: list[dict[str, Any]], out: Path) -> str:
-    """The whole HTML page."""
-    findings = [(record, finding) for record in records for finding in record["summary"]["findings"].values()]
-    verdicts = [finding["verdict"] for _, finding in findings]
-    counts = {verdict: verdicts.count(verdict) for verdict in dict.fromkeys(sorted(verdicts, key=len))}
+    """The whole HTML page: contents, a row for each experiment, then their sections; claims first, then jobs."""
+    verdicts = [finding["verdict"] for record in records for finding in record["summary"]["findings"].values()]
+    jobs = read_jobs(out)
     return string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        tally=", ".join(f"{count} {verdict}" for verdict, count in counts.items()),
-        claims=len(findings),
+        tally=", ".join(f"{count} {verdict}" for verdict, count in counts(verdicts).items()),
+        claims=len(verdicts),
         experiments=len(records),
         took=duration(sum(record["seconds"] for record in records)),
-        head="".join(f"<th scope=col>{column}</th>" for column in COLUMNS),
-        rows="\n".join(row(record, finding) for record, finding in findings),
+        rows="\n".join(map(row, records)),
+        job_rows="\n".join(map(job_row, jobs)),
+        jobs=len(jobs),
         sections="\n".join(section(record, out) for record in records),
+        job_sections="\n".join(job_section(record, out) for record in jobs),
     )
 
 
-def row(record: dict[str, Any], finding: dict[str, Any]) -> str:
-    """One finding in the table on top: on a narrow screen each cell is a line with its column's name."""
-    name, *rest = map(html.escape, cells(record, finding))
-    marked = [f"<a href='#{name}'>{name}</a>", *rest]
-    marked[3] = badge(finding["verdict"])
-    named = zip(COLUMNS, marked, strict=True)
-    return "<tr>" + "".join(f"<td data-column='{column}'>{cell}</td>" for column, cell in named) + "</tr>"
+def read_jobs(out: Path) -> list[dict[str, Any]]:
+    """The finished results in a folder that are on no claim and say what was found, by name."""
+    records = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*.json")))
+    return [record for record in records if record.get("complete") and record.get("told", {}).get("found")]
 
 
-def badge(verdict: str) -> str:
+def counts(verdicts: list[str]) -> dict[str, int]:
+    """How often each verdict was given, those that support claims first."""
+    return {verdict: verdicts.count(verdict) for verdict in sorted(set(verdicts), key=len)}
+
+
+def row(record: dict[str, Any]) -> str:
+    """An experiment on claims in the contents: its question, and how many of its claims got which verdict."""
+    verdicts = counts([finding["verdict"] for finding in record["summary"]["findings"].values()])
+    told = " ".join(badge(verdict, f"{count} {verdict}") for verdict, count in verdicts.items())
+    return f"<tr><td>{link(record, record['summary']['question'])}<td>{told}"
+
+
+def job_row(record: dict[str, Any]) -> str:
+    """Another experiment in the contents: its question, and the most telling of what was found."""
+    return f"<tr><td>{link(record, record['told']['question'])}<td>{escaped(record['told']['found'][0])}"
+
+
+def link(record: dict[str, Any], text: str) -> str:
+    """To the section of an experiment."""
+    return f"<a href='#{record['experiment']}'>{escaped(text)}</a>"
+
+
+def badge(verdict: str, text: str = "") -> str:
     """A verdict, coloured as well as told."""
-    return f"<span class='verdict {verdict.replace(' ', '-')}'>{verdict}</span>"
+    return f"<span class='verdict {verdict.replace(' ', '-')}'>{text or verdict}</span>"
 
 
 def section(record: dict[str, Any], out: Path) -> str:
-    """One experiment: the question, each claim and its verdict, the figure, the design and where it was measured."""
-    summary, told = record["summary"], record["environment"]
+    """An experiment on claims: each with its verdict, the figure beside them, the design behind a click."""
+    summary = record["summary"]
     claims = "\n".join(
-        f"<li>{badge(f['verdict'])} <strong>{escaped(f['says'])}</strong> <span class=source>{escaped(f['source'])}"
-        f"</span><br>{escaped(f['effect'])}: <b>{escaped(shown(f))}</b>, {len(f['samples'])} seeds."
-        f" <span class=rule>Rule, written before the run: {escaped(f['rule'])}.</span></li>"
+        f"<li>{badge(f['verdict'])}<strong>{escaped(f['says'])}</strong> "
+        f"<span class=small>{escaped(f['source'])}.</span><br>"
+        f"<b>{escaped(shown(f))}</b>: {escaped(f['effect'])}; {len(f['samples'])} seeds."
+        f" <span class=small>Rule: {escaped(f['rule'])}.</span></li>"
         for f in summary["findings"].values()
     )
-    design = "".join(f"<p>{escaped(paragraph)}</p>" for paragraph in summary["design"].split("\n\n"))
+    return framed(record, out, summary, f"<ul>{claims}</ul>", summary["caption"])
+
+
+def job_section(record: dict[str, Any], out: Path) -> str:
+    """Another experiment: what was found, and the figure."""
+    found = "".join(f"<p>{escaped(sentence)}</p>" for sentence in record["told"]["found"])
+    return framed(record, out, record["told"], found)
+
+
+def framed(record: dict[str, Any], out: Path, words: dict[str, Any], found: str, caption: str = "") -> str:
+    """A section: the question, what was found beside the figure; behind a click, design and where it was measured."""
+    told, seed = record["environment"], record["configuration"].get("seed")
     versions = ", ".join(f"{key} {told[key]}" for key in ("python", "jax", "flax", "optax", "jbn"))
-    where = f"{duration(record['seconds'])} on {told['device']}, {told['cores']} cores; {versions}; seed "
+    where = f"On {told['device']}, {told['cores']} cores; {versions}"
+    where += "." if seed is None else f"; seed {seed}."
+    design = "".join(f"<p>{escaped(paragraph)}</p>" for paragraph in words["design"].split("\n\n") if paragraph)
+    below = f"<figcaption>{escaped(caption)}</figcaption>" if caption else ""
+    figure = f"<figure>{drawing(record, out, caption or words['question'])}{below}</figure>"
     return (
-        f"<section id='{record['experiment']}'><h2>{escaped(summary['question'])}</h2><ul>{claims}</ul>"
-        f"<figure><div class=scroll tabindex=0 role=group aria-label='figure'>{drawing(record, out)}</div>"
-        f"<figcaption>{escaped(summary['caption'])}</figcaption></figure>{design}"
-        f"<p class=where>{escaped(where)}{record['configuration']['seed']}.</p></section>"
+        f"<section id='{record['experiment']}'><h2>{escaped(words['question'])}</h2>"
+        f"<div class=beside><div>{found}</div>{figure}</div>"
+        f"<details><summary>How it was measured; took {duration(record['seconds'])}</summary>{design}"
+        f"<p>{escaped(where)}</p></details></section>"
     )
 
 
@@ -136,10 +173,11 @@ def escaped(text: str) -> str:
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
 
 
-def drawing(record: dict[str, Any], out: Path) -> str:
+def drawing(record: dict[str, Any], out: Path, label: str) -> str:
     """The experiment's SVG, to stand inside the page: named for screen readers, in the page's colours.
 
-    Its ids get the experiment's name in front, since several drawings share the page.
+    It is shown in the parts that its file names (`record.parts`): side by side where there is room, else one under
+    another. Its ids get the experiment's name in front, since several drawings share the page.
     """
     name = record["experiment"]
     path = out / f"{name}.svg"
@@ -147,11 +185,19 @@ def drawing(record: dict[str, Any], out: Path) -> str:
         raise NothingToReport(f"{path} is missing beside its JSON file: run `{name}` again")
     text = path.read_text(encoding="utf-8")
     text = text[text.index("<svg") :]
+    [(width, height)] = re.findall(r'<svg[^>]* viewBox="0 0 (\S+) (\S+)"', text)
+    coverage = re.search(r"<dc:coverage>(.*?)</dc:coverage>", text)
+    cuts = list(map(float, coverage.group(1).split() if coverage else (0, width)))
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
     for color, variable in THEMED.items():
         text = re.sub(color, f"var({variable})", text, flags=re.IGNORECASE)
     opening, rest = text.split(">", 1)
     opening = re.sub(r' (width|height)="[^"]*"', "", opening)
-    label = html.escape(record["summary"]["caption"])
-    return f'{opening} role="img" aria-label="{label}"><title>{label}</title>{rest}'
+    shown_parts = "".join(
+        f'<svg viewBox="{low:g} 0 {high - low:g} {height}" style="--points: {high - low:g}">'
+        f'<use href="#{name}-figure_1"/></svg>'
+        for low, high in itertools.pairwise(cuts)
+    )
+    whole = f"{opening} class=source aria-hidden=true>{rest}"
+    return f'{whole}<div class=parts role=img aria-label="{html.escape(label)}">{shown_parts}</div>'

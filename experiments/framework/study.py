@@ -9,7 +9,7 @@ from typing import Any
 
 from experiments.framework.cache import Cache
 from experiments.framework.claim import judge, shown
-from experiments.framework.experiment import Configuration, Part, Row, Study
+from experiments.framework.experiment import Configuration, Job, Part, Row, Study
 from experiments.framework.record import Options, Results, plain, progress
 
 
@@ -25,19 +25,32 @@ def run(experiment: Study, options: Options, results: Results) -> None:
             results.rows.append(cache.once(part, lambda part=part: timed(experiment, configuration, part)))
     # of the measuring itself, whenever that was
     results.seconds = round(sum(row["seconds"] for row in results.rows), 2)
+    conclude(experiment, results)
+
+
+def conclude(experiment: Study, results: Results) -> None:
+    """The claims judged by the rows of the results, and what the experiment says of itself."""
+    configuration = results.configuration
     effects = experiment.effects(results.rows, configuration)
     if effects.keys() != experiment.CLAIMS.keys():
         raise ValueError(f"effects must return {list(experiment.CLAIMS)}, as CLAIMS has, got {list(effects)}")
     results.summary = {
         **told(experiment),
-        "findings": {name: judge(claim, effects[name], options.quick) for name, claim in experiment.CLAIMS.items()},
+        "findings": {
+            name: judge(claim, effects[name], configuration["quick"]) for name, claim in experiment.CLAIMS.items()
+        },
     }
 
 
 def told(experiment: Study) -> dict[str, str]:
     """What an experiment's file says of itself: the question, the design, and what the figure shows."""
+    return {**words(experiment), "caption": experiment.CAPTION}
+
+
+def words(experiment: Study | Job) -> dict[str, str]:
+    """The question and the design, as the file's docstring has them."""
     question, _, design = (inspect.getdoc(experiment) or "").partition("\n")
-    return {"question": question, "design": design.strip(), "caption": experiment.CAPTION}
+    return {"question": question, "design": design.strip()}
 
 
 def timed(experiment: Study, configuration: Configuration, part: Part) -> Row:

@@ -102,7 +102,8 @@ def otherwise_rounded(values, rng):
 )
 def test_rule(low, high, verdict):
     assert RULE.verdict(low, high) == verdict
-    assert str(RULE) == "supported at or above 1, contradicted at or below 0"
+    assert RULE.told(" points") == "≥ 1 point supported, ≤ 0 points contradicted"
+    assert Rule((-1 / 3, 2), (10_000, math.inf)).told("×") == "-0.333 to 2× supported, ≥ 10,000× contradicted"
 
 
 def test_interval_covers_the_mean_as_often_as_it_says():

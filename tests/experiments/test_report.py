@@ -6,15 +6,18 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from experiments.__main__ import main
-from experiments.framework import plots, report
+from experiments.__main__ import main, told
+from experiments.framework import catalog, plots, report
 from experiments.framework.claim import Claim, Rule, judge
-from experiments.framework.record import Results
+from experiments.framework.record import Results, parts
 
+ROOT = Path(__file__).resolve().parents[2]
+COMMITTED = ROOT / "experiments/results/cpu"
 CLAIM = Claim('a < b & "so | on" holds.', "A paper 2015, §3", "b over a", Rule((1.1, math.inf), (0, 1)), "×", True)
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 QUIET = (
@@ -33,7 +36,7 @@ def figure(results):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two finished experiments, and one that is none on a claim."""
+    """Two finished experiments on claims, one job that says what it found, and one that does not."""
     out = tmp_path_factory.mktemp("results")
     for name, samples in (("first", [2.0, 2.5, 3.0, 2.2, 2.4]), ("second", [0.5] * 5)):
         results = Results(name, {"seed": 7}, [{"a": 1}], complete=True, seconds=83.0)
@@ -44,6 +47,9 @@ def folder(tmp_path_factory):
             "findings": {"only": judge(CLAIM, samples, quick=False)},
         }
         results.save(out, figure)
+    job = Results("job", {}, [{"a": 1}], complete=True, seconds=7.0)
+    job.told = {"question": "How <fast>?", "design": "", "found": ["Twice & more.", "On one device."]}
+    job.save(out, figure)
     (out / "speed.json").write_text(json.dumps({"complete": True, "summary": {}, "rows": []}), encoding="utf-8")
     assert main(["report", "--out", str(out)]) == 0
     return out
@@ -74,12 +80,12 @@ class Reader(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         told = dict(attributes)
-        if tag not in ("meta", "link", "br"):
+        if tag not in ("meta", "link", "br", "td"):
             self.open.append(tag)
         self.ids += [told["id"]] if "id" in told else []
         self.links += [told[key] for key in ("href", "src", "xlink:href") if key in told]
-        if tag == "svg":
-            self.labels.append((told["role"], told["aria-label"]))
+        if told.get("role") == "img":
+            self.labels.append(told["aria-label"])
 
     def handle_startendtag(self, tag, attributes):
         self.handle_starttag(tag, attributes)
@@ -87,6 +93,8 @@ class Reader(HTMLParser):
             self.open.pop()
 
     def handle_endtag(self, tag):
+        while self.open[-1] == "tr" != tag:  # need not be closed
+            self.open.pop()
         assert self.open.pop() == tag
 
 
@@ -99,7 +107,8 @@ def test_page_is_whole_and_needs_no_network(folder):
     assert {link for link in reader.links if not link.startswith("#")} == {"data:,"}
     assert {link[1:] for link in reader.links if link.startswith("#")} <= set(reader.ids)
     assert set(re.findall(r"url\(#([^)]*)\)", text)) <= set(reader.ids)
-    assert reader.labels == [("img", "Curves & bands.")] * 2
+    assert reader.labels == ["Curves & bands.", "Curves & bands.", "How <fast>?"]
+    assert "<script" not in text
     assert "Is &lt;first&gt; so?" in text and "One <code>code</code> paragraph." in text
     for color in (plots.INK, plots.GREY, plots.BLUE):
         drawings = text[text.index("<svg") :]
@@ -108,42 +117,139 @@ def test_page_is_whole_and_needs_no_network(folder):
 
 
 def test_page_holds_the_numbers_of_the_json(folder):
-    text = (folder / "report.html").read_text(encoding="utf-8")
-    assert "2 claims, from the literature or drawn from it, in 2 experiments" in " ".join(text.split())
+    text = " ".join((folder / "report.html").read_text(encoding="utf-8").split())
+    assert "2 claims, from the literature or drawn from it, in 2 experiments" in text
     assert "1 supported, 1 contradicted" in text
     low, _, high = interval(folder, "first").split()
-    assert f"2.40× ({low} to {high})" in text
+    assert f"<b>2.40× ({low} to {high})</b>: b over a; 5 seeds." in text
+    assert "Rule: ≥ 1.1× supported, 0 to 1× contradicted." in text
     assert "seed 7." in text and "2.8 min" in text
+    assert text.count("took 83 s") == 2 and text.count("took 7 s") == 1
+
+
+def test_contents_come_first_a_row_for_each_experiment(folder):
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    contents = text[text.index("<nav") : text.index("</nav>")]
+    assert "<section" not in text[: text.index("</nav>")]
+    rows = re.findall(r"<tr><td><a href='#(\w+)'>(.*?)</a><td>(.*)", contents)
+    assert [row[:2] for row in rows] == [
+        ("first", "Is &lt;first&gt; so?"),
+        ("second", "Is &lt;second&gt; so?"),
+        ("job", "How &lt;fast&gt;?"),
+    ]
+    assert [re.sub("<.*?>", "", row[2]) for row in rows] == ["1 supported", "1 contradicted", "Twice &amp; more."]
+    assert "<p>On one device.</p>" in text
+
+
+def test_drawings_are_cut_between_panels_that_stand_alone():
+    def cuts(draw=lambda fig: None, **how):
+        fig, panels = plots.pyplot().subplots(1, 3, figsize=(6, 2), layout="constrained", **how)
+        fig.draw_without_rendering()
+        draw(fig)
+        found = [float(cut) for cut in parts(fig).split()]
+        boxes = [each.get_position() for each in panels]
+        plots.pyplot().close(fig)
+        assert found[0] == 0 and found[-1] == 432
+        return [sum(432 * box.x1 < cut for box in boxes) for cut in found[1:-1]]  # panels on the left of each cut
+
+    assert cuts() == [1, 2]
+    assert cuts(sharey=True) == []
+    assert cuts(lambda fig: fig.axes[1].tick_params(labelleft=False)) == [2]
+    assert cuts(lambda fig: fig.suptitle("over all")) == []
+    assert cuts(lambda fig: plots.samples(fig, {"all": {"color": "red"}}, loc="upper left")) == []
+
+
+def test_style_lets_nothing_be_wider_than_the_page():
+    """What holds without a browser: long words wrap, drawings and tables give way, no width is fixed."""
+    style = re.search("<style>(.*)</style>", report.TEMPLATE.read_text(encoding="utf-8"), re.DOTALL).group(1)
+    wide = re.findall(r"([^{}]+?)\s*\{([^{}]*)\}", style.partition("@media (max-width")[0])
+    rules = {" ".join(selector.split()): rule for selector, rule in wide}
+    assert "overflow-wrap: anywhere" in style
+    assert "overflow-x: auto" in rules[".scroll"]
+    assert re.search(r"\.parts svg \{[^}]*min-width: 0; max-width: 100%", style)
+    assert "flex-wrap: wrap" in rules[".parts"]
+    assert "minmax(0, 2fr) minmax(0, 3fr)" in rules[".beside"]
+    assert re.findall(r"[^-]width: (?!100%|\d+%|auto|0;)\S+", style.replace("max-width", "")) == []
+    assert [rule for rule in rules if "nowrap" in rules[rule]] == [".verdict"]
+    assert '<nav aria-label="contents" class="scroll"' in report.TEMPLATE.read_text(encoding="utf-8")
+
+
+PROBE = """
+<body style="margin:0; color-scheme:SCHEME">
+<iframe id="f" src="PAGE" style="border:0; width:WIDTHpx; height:800px; color-scheme:SCHEME"></iframe>
+<script>
+document.getElementById("f").onload = (event) => {
+  const page = event.target.contentDocument, root = page.documentElement;
+  page.querySelectorAll("details").forEach((each) => { each.open = true; });
+  const wide = [...page.querySelectorAll("body *")].filter((e) => !e.closest(".source") && !e.closest("svg *"))
+    .filter((e) => e.getBoundingClientRect().right > root.clientWidth + 1).map((e) => e.tagName);
+  const lightness = (color) => color.match(/\\d+/g).slice(0, 3).reduce((sum, each) => sum + +each, 0) / 765;
+  const style = event.target.contentWindow.getComputedStyle(page.body);
+  document.title = JSON.stringify({over: root.scrollWidth - root.clientWidth, wide,
+    drawings: page.querySelectorAll("[role=img][aria-label]").length,
+    narrowest: Math.min(...[...page.querySelectorAll(".parts svg")].map((e) => e.getBoundingClientRect().width)),
+    paper: lightness(style.backgroundColor), ink: lightness(style.color)});
+};
+</script>"""
+
+
+def looked_at(page, width, scheme, profile):
+    """What a browser finds in a frame as wide as a phone or a screen."""
+    probe = page.with_name(f"probe-{page.stem}-{width}-{scheme}.html")
+    replaced = PROBE.replace("WIDTH", str(width)).replace("SCHEME", scheme).replace("PAGE", page.name)
+    probe.write_text(replaced.replace("\\\\", "\\"), encoding="utf-8")
+    # a page may look into a frame beside it only where files count as one origin
+    told = ("--allow-file-access-from-files", f"--user-data-dir={profile}", "--dump-dom", probe.as_uri())
+    done = subprocess.run([CHROMIUM, *QUIET, *told], capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in done.stderr, done.stderr
+    [title] = re.findall(r"<title>(\{.*?\})</title>", done.stdout)
+    return json.loads(title)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-@pytest.mark.parametrize("width", [360, 1200])
-def test_in_a_browser(folder, tmp_path, width):
-    """In a frame as wide as a phone or a screen: no errors, nothing wider than the frame, text not too small."""
-    probe = """
-    <body style="margin:0"><iframe id="f" src="report.html" style="border:0;width:WIDTHpx;height:800px"></iframe>
-    <script>
-    document.getElementById("f").onload = (event) => {
-      const page = event.target.contentDocument, root = page.documentElement;
-      const wide = [...page.querySelectorAll("body *")].filter((e) => !e.closest(".scroll"))
-        .filter((e) => e.getBoundingClientRect().right > root.clientWidth + 1).map((e) => e.tagName);
-      const texts = [...page.querySelectorAll("svg text")].map((e) => e.getBoundingClientRect().height);
-      document.title = JSON.stringify({over: root.scrollWidth - root.clientWidth, wide,
-        smallest: Math.min(...texts), drawings: page.querySelectorAll("svg[role=img][aria-label]").length});
-    };
-    </script>"""
-    # a page may look into a frame beside it only where files count as one origin
-    (folder / f"probe{width}.html").write_text(probe.replace("WIDTH", str(width)), encoding="utf-8")
-    done = subprocess.run(
-        [CHROMIUM, *QUIET, "--allow-file-access-from-files", f"--user-data-dir={tmp_path}", "--dump-dom",
-         (folder / f"probe{width}.html").as_uri()],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert "CONSOLE" not in done.stderr, done.stderr
-    [title] = re.findall(r"<title>(\{.*?\})</title>", done.stdout)
-    found = json.loads(title)
-    assert (found["over"], found["wide"], found["drawings"]) == (0, [], 2)
-    assert found["smallest"] > 8  # pixels, the line height of the smallest text in a drawing
+@pytest.mark.parametrize("width, scheme", [(375, "light"), (375, "dark"), (1280, "light"), (1280, "dark")])
+def test_in_a_browser(tmp_path, width, scheme):
+    """The page on the committed results: no errors, nothing wider than it, all details open; ink differs from paper."""
+    page = tmp_path / "report.html"
+    records = report.read(COMMITTED)
+    page.write_text(report.page(records, COMMITTED), encoding="utf-8")
+    found = looked_at(page, width, scheme, tmp_path / "profile")
+    assert (found["over"], found["wide"]) == (0, [])
+    assert found["drawings"] == len(records) + len(report.read_jobs(COMMITTED))
+    assert found["narrowest"] > 100  # pixels: none has vanished
+    light, dark = ("paper", "ink") if scheme == "light" else ("ink", "paper")
+    assert found[light] > 0.85 and found[dark] < 0.15
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+@pytest.mark.parametrize(
+    "planted", ["<p><img width=400 height=9 alt=''></p>", "<p style='white-space:nowrap'>" + "wide " * 200 + "</p>"]
+)
+def test_the_browser_finds_what_is_too_wide(folder, tmp_path, planted):
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    (tmp_path / "wide.html").write_text(text.replace("</section>", f"{planted}</section>", 1), encoding="utf-8")
+    assert looked_at(tmp_path / "wide.html", 375, "light", tmp_path / "profile")["over"] > 0
+
+
+def test_redraw_follows_from_committed_numbers(tmp_path):
+    """A study and a job: the JSON is what was committed, to the byte, and the drawings are made anew."""
+    for name in ("scale_invariance", "folding"):
+        shutil.copy(COMMITTED / f"{name}.json", tmp_path)
+    assert main(["redraw", "--out", str(tmp_path)]) == 0
+    for name in ("scale_invariance", "folding"):
+        assert (tmp_path / f"{name}.json").read_bytes() == (COMMITTED / f"{name}.json").read_bytes()
+        assert (tmp_path / f"{name}.csv").read_bytes() == (COMMITTED / f"{name}.csv").read_bytes()
+        assert (tmp_path / f"{name}.svg").exists() and (tmp_path / f"{name}.png").exists()
+    assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["digits", "speed", "folding", "communication", "binaries"])
+def test_what_jobs_found_is_what_was_measured(name):
+    if name == "binaries":
+        pytest.importorskip("triton")
+    results = Results.read(COMMITTED / f"{name}.json")
+    assert results.told == told(catalog.load(catalog.discover()[name]), results)
+    assert results.told["question"].endswith("?")
 
 
 def test_nothing_to_report(tmp_path, capsys):
@@ -162,3 +268,14 @@ def test_a_damaged_file_is_named(folder, tmp_path):
     path.write_text(path.read_text(encoding="utf-8")[:50], encoding="utf-8")
     with pytest.raises(report.NothingToReport, match=r"first.json is damaged \(.*\): run that experiment again"):
         report.write(tmp_path / "copy")
+
+
+def test_redraw_names_a_damaged_file(tmp_path, capsys):
+    (tmp_path / "digits.json").write_text('{"experiment": "digits"', encoding="utf-8")
+    assert main(["redraw", "--out", str(tmp_path)]) == 1
+    assert f"error: {tmp_path}/digits.json is damaged (" in capsys.readouterr().err
+
+
+def test_of_an_unfinished_job_nothing_is_told():
+    results = Results("folding", {}, [{"case": "a"}])
+    assert told(catalog.load(catalog.discover()["folding"]), results) == {}
