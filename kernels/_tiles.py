@@ -100,22 +100,22 @@ def load_seen(
 
 
 @triton.jit
-def load_rstd(spread_ptr, epsilon_ptr, count, batch, C, channel):
+def load_rstd(var_ptr, epsilon_ptr, batch, C, channel):
     """1/std of a block's channels, (CHANNELS,)."""
-    spread = tl.load(spread_ptr + batch * C + channel, mask=channel < C, other=0.0)
-    return tl.rsqrt(spread / count + tl.load(epsilon_ptr + batch))
+    var = tl.load(var_ptr + batch * C + channel, mask=channel < C, other=0.0)
+    return tl.rsqrt(var + tl.load(epsilon_ptr + batch))
 
 
 @triton.jit
 def load_map(
-    mean_ptr, spread_ptr, epsilon_ptr, scale_ptr, bias_ptr, count, batch, C, channel,
+    mean_ptr, var_ptr, epsilon_ptr, scale_ptr, bias_ptr, batch, C, channel,
     HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """mean, 1/std, scale/std and bias of a block's channels, (CHANNELS,) each; a bias that is absent is 0."""
     at = batch * C + channel
     inside = channel < C
     mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
-    rstd = load_rstd(spread_ptr, epsilon_ptr, count, batch, C, channel)
+    rstd = load_rstd(var_ptr, epsilon_ptr, batch, C, channel)
     slope = rstd
     if HAS_SCALE:
         slope = rstd * tl.load(scale_ptr + at, mask=inside, other=0.0)

@@ -11,12 +11,11 @@ from jbn.kernels.activations import activate
 def jbn_apply(
     x_ptr,  # (B, N, C, S)
     mean_ptr,  # float32, (B, C)
-    spread_ptr,  # float32, (B, C)
+    var_ptr,  # float32, (B, C)
     epsilon_ptr,  # float32, (B,)
     scale_ptr,  # float32, (B, C); unread where not HAS_SCALE
     bias_ptr,  # float32, (B, C); unread where not HAS_BIAS
     residual_ptr,  # (B, N, C, S); unread where not HAS_RESIDUAL
-    count,  # float32
     outer,  # N
     units,  # C // UNIT
     splits,
@@ -31,7 +30,7 @@ def jbn_apply(
     ACTIVATION: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """y = activation(scale · (x − mean) / √(spread / count + epsilon) + bias + residual).
+    """y = activation(scale · (x − mean) / √(var + epsilon) + bias + residual).
 
     Tiles go in the reverse order of the first launch's, so what that read last, still in L2, is read first.
     """
@@ -40,7 +39,7 @@ def jbn_apply(
     channel = channels_of(block, CHANNELS)
     start = batch.to(tl.int64) * rows * C
     mean, _, slope, bias = load_map(
-        mean_ptr, spread_ptr, epsilon_ptr, scale_ptr, bias_ptr, count, batch, C, channel, HAS_SCALE, HAS_BIAS
+        mean_ptr, var_ptr, epsilon_ptr, scale_ptr, bias_ptr, batch, C, channel, HAS_SCALE, HAS_BIAS
     )
     steps = tl.cdiv(tl.cdiv(rows, ROWS) - split, splits).to(tl.int32)
     for step in range(steps):

@@ -58,14 +58,13 @@ def load_cotangent(
 def jbn_gradient_sums(
     x_ptr,  # (B, N, C, S)
     mean_ptr,  # float32, (B, C)
-    spread_ptr,  # float32, (B, C)
+    var_ptr,  # float32, (B, C)
     epsilon_ptr,  # float32, (B,)
     scale_ptr,  # float32, (B, C); unread where not HAS_SCALE
     bias_ptr,  # float32, (B, C); unread where not HAS_BIAS
     residual_ptr,  # (B, N, C, S); unread where not HAS_RESIDUAL
     mask_ptr,  # bool, (B or 1, N, C, S) or (B or 1, period); unread without MASK
     dy_ptr,  # ȳ, (B, N, C, S)
-    count,  # float32
     outer,  # N
     units,  # C // UNIT
     splits,
@@ -100,7 +99,7 @@ def jbn_gradient_sums(
     if not SHARED:
         mask_ptr += batch.to(tl.int64) * (rows * C if MASK == "full" else mask_period)
     mean, _, slope, bias = load_map(
-        mean_ptr, spread_ptr, epsilon_ptr, scale_ptr, bias_ptr, count, batch, C, channel, HAS_SCALE, HAS_BIAS
+        mean_ptr, var_ptr, epsilon_ptr, scale_ptr, bias_ptr, batch, C, channel, HAS_SCALE, HAS_BIAS
     )
     AXIS: tl.constexpr = 0 if S == 1 else 1
     total = tl.zeros([ROWS, CHANNELS] if S == 1 else [CHANNELS, ROWS], tl.float32)
@@ -125,15 +124,15 @@ def jbn_gradient_sums(
         tl.store(at + C, product, mask=channel < C, cache_modifier=".cg")
         if arrived_last(arrivals_ptr, batch * tl.cdiv(C, CHANNELS) + block, splits):
             total, product = add_programs(partial_ptr, splits, C, channel, SPLITS)
-            store_sums(sum_ptr, product_ptr, spread_ptr, epsilon_ptr, count, batch, C, channel, total, product)
+            store_sums(sum_ptr, product_ptr, var_ptr, epsilon_ptr, batch, C, channel, total, product)
     else:
-        store_sums(sum_ptr, product_ptr, spread_ptr, epsilon_ptr, count, batch, C, channel, total, product)
+        store_sums(sum_ptr, product_ptr, var_ptr, epsilon_ptr, batch, C, channel, total, product)
 
 
 @triton.jit
-def store_sums(sum_ptr, product_ptr, spread_ptr, epsilon_ptr, count, batch, C, channel, total, product):
+def store_sums(sum_ptr, product_ptr, var_ptr, epsilon_ptr, batch, C, channel, total, product):
     """Σz̄, and Σz̄ · (x − mean) times 1/std, which is loaded again rather than kept in registers all along."""
-    rstd = load_rstd(spread_ptr, epsilon_ptr, count, batch, C, channel)
+    rstd = load_rstd(var_ptr, epsilon_ptr, batch, C, channel)
     tl.store(sum_ptr + batch * C + channel, total, mask=channel < C)
     tl.store(product_ptr + batch * C + channel, product * rstd, mask=channel < C)
 
@@ -157,7 +156,7 @@ def add_programs(partial_ptr, splits, C, channel, SPLITS: tl.constexpr):
 def jbn_gradient_input(
     x_ptr,  # (B, N, C, S); unread where neither CENTRED nor with an activation
     mean_ptr,  # float32, (B, C)
-    spread_ptr,  # float32, (B, C)
+    var_ptr,  # float32, (B, C)
     epsilon_ptr,  # float32, (B,)
     scale_ptr,  # float32, (B, C); unread where not HAS_SCALE
     bias_ptr,  # float32, (B, C); unread where not HAS_BIAS
@@ -167,7 +166,7 @@ def jbn_gradient_input(
     dy_ptr,  # ȳ, (B, N, C, S)
     sum_ptr,  # Σz̄, float32, (B, C); unread where not CENTRED
     product_ptr,  # Σz̄x̂, float32, (B, C); unread where not CENTRED
-    count,  # float32
+    count,  # float32: of rows; unread where HAS_WEIGHT or not CENTRED
     outer,  # N
     units,  # C // UNIT
     splits,
@@ -198,7 +197,7 @@ def jbn_gradient_input(
     if not SHARED:
         mask_ptr += batch.to(tl.int64) * (rows * C if MASK == "full" else mask_period)
     mean, rstd, slope, bias = load_map(
-        mean_ptr, spread_ptr, epsilon_ptr, scale_ptr, bias_ptr, count, batch, C, channel, HAS_SCALE, HAS_BIAS
+        mean_ptr, var_ptr, epsilon_ptr, scale_ptr, bias_ptr, batch, C, channel, HAS_SCALE, HAS_BIAS
     )
     if CENTRED:
         at = batch * C + channel

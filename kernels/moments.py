@@ -91,7 +91,7 @@ def jbn_moments(
     mask_period,  # row r's mask is at (r // divisor) % period, where MASK is "rows"
     count_ptr,  # float32, (B, C); unwritten without MASK
     mean_ptr,  # float32, (B, C)
-    m2_ptr,  # float32, (B, C)
+    var_ptr,  # float32, (B, C)
     partial_ptr,  # float32 scratch, (B, splits, 2, C), or 3 with MASK; unused where not SPLIT
     arrivals_ptr,  # int32 scratch, zeros, (B, blocks of channels); unused where not SPLIT
     S: tl.constexpr,
@@ -106,7 +106,7 @@ def jbn_moments(
     SHARED: tl.constexpr,  # whether all batches have one mask
     WIDE: tl.constexpr,
 ):
-    """count = Σ mask, mean = Σ x / count, m2 = Σ (x − mean)² over the rows of each channel that the mask has."""
+    """count = Σ mask, mean = Σ x / count, var = Σ (x − mean)² / count over a channel's rows that the mask has."""
     rows, C = sizes(outer, units, S, UNIT, WIDE)
     batch, split, block = program(tl.program_id(0), splits, C, CHANNELS)
     channel = channels_of(block, CHANNELS)
@@ -156,14 +156,14 @@ def jbn_moments(
             tl.store(at + 2 * C, total, mask=channel < C, cache_modifier=".cg")
         if arrived_last(arrivals_ptr, batch * tl.cdiv(C, CHANNELS) + block, splits):
             total, mean, m2 = merge_programs(partial_ptr, splits, rows, C, channel, ROWS, SPLITS, MASK != "none")
-            store_moments(count_ptr, mean_ptr, m2_ptr, batch * C + channel, channel < C, total, mean, m2, MASK)
+            store_moments(count_ptr, mean_ptr, var_ptr, batch * C + channel, channel < C, total, mean, m2, MASK)
     else:
-        store_moments(count_ptr, mean_ptr, m2_ptr, batch * C + channel, channel < C, total, mean, m2, MASK)
+        store_moments(count_ptr, mean_ptr, var_ptr, batch * C + channel, channel < C, total, mean, m2, MASK)
 
 
 @triton.jit
-def store_moments(count_ptr, mean_ptr, m2_ptr, at, inside, count, mean, m2, MASK: tl.constexpr):
+def store_moments(count_ptr, mean_ptr, var_ptr, at, inside, count, mean, m2, MASK: tl.constexpr):
     tl.store(mean_ptr + at, mean, mask=inside)
-    tl.store(m2_ptr + at, m2, mask=inside)
+    tl.store(var_ptr + at, tl.div_rn(m2, tl.maximum(count, 1.0)), mask=inside)
     if MASK != "none":
         tl.store(count_ptr + at, count, mask=inside)

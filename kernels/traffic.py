@@ -39,7 +39,7 @@ def traffic(launch: Launch, view: View, itemsizes: dict[str, int]) -> Traffic:
             again = {"jbn_moments": programs * 2 if fields == 3 else 1}.get(launch.kernel.__name__, 0)
             loaded += vector * (fields * programs + again)
     if launch.kernel.__name__ == "jbn_gradient_sums":
-        loaded += vector + 4 * view.batch * tiling.blocks(view)  # spread and epsilon once more, for what is stored
+        loaded += vector + 4 * view.batch * tiling.blocks(view)  # var and epsilon once more, for what is stored
     again = vector * (programs - 1) * _vectors(launch)
     return Traffic(loaded, stored, again)
 
@@ -64,7 +64,7 @@ def _vectors(launch: Launch) -> int:
     name, constants = launch.kernel.__name__, launch.constants
     if name == "jbn_moments":
         return 0
-    found = 2 + constants["HAS_SCALE"] + constants["HAS_BIAS"]  # mean, spread
+    found = 2 + constants["HAS_SCALE"] + constants["HAS_BIAS"]  # mean, var
     if name == "jbn_gradient_input" and constants["CENTRED"]:
         found += 2 + constants["HAS_WEIGHT"]
     return found

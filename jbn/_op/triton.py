@@ -118,8 +118,8 @@ def moments(plan: Plan, x, mask, *, runner):
     view = _view(plan, x.shape)
     mask, geometry = _mask(plan, view, x.shape, mask)
     launch = launches.moments(_problem(plan, view, x, geometry), runner.processors)
-    count, mean, m2, *_ = runner(launch, x, _or(mask, x))
-    found = (mean, m2 / view.rows) if mask is None else (count, mean, m2 / jnp.maximum(count, 1))
+    count, mean, var, *_ = runner(launch, x, _or(mask, x))
+    found = (mean, var) if mask is None else (count, mean, var)
     return tuple(_vector(plan, x, v) for v in found)
 
 
@@ -163,7 +163,7 @@ def gradient_input(plan: Plan, x, coef: Coefficients, residual, mask, dy, sums, 
     problem = _problem(plan, view, x, geometry, coef, residual)
     kept = residual.dtype.name if residual is not None and plan.activation is not None else None
     launch = launches.gradient_input(problem, x.dtype.name, kept, runner.processors)
-    total, product = (v / plan.count for v in sums) if sums else (coef.mean, coef.mean)
+    total, product = sums or (coef.mean, coef.mean)
     dx, dz = runner(
         launch, x, *_vectors(coef), _or(coef.weight, coef.mean), _or(residual, x), _or(mask, x), dy, total, product
     )
@@ -178,6 +178,7 @@ def _problem(plan: Plan, view, x, mask, coef: Coefficients | None = None, residu
     return launches.Problem(
         view,
         x.dtype.name,
+        count=plan.count,
         scale=coef is not None and coef.scale is not None,
         bias=coef is not None and coef.bias is not None,
         residual=residual is not None,

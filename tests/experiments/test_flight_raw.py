@@ -58,7 +58,8 @@ def test_every_piece_is_launched_checked_and_timed(launcher):
 @pytest.mark.parametrize("fault", ["another kernel", "nothing is launched", "a number"])
 def test_a_wrong_result_is_told(launcher, fault):
     made, runs, cuda, path = launcher
-    [run] = [r for r in runs if (r["kernel"], r["fused"], r["dtype"]) == ("apply", "relu", "bfloat16")]
+    kernel, result = ("input", "dx") if fault == "a number" else ("apply", "y")
+    [run] = [r for r in runs if (r["kernel"], r["fused"], r["dtype"]) == (kernel, "relu", "bfloat16")]
     if fault == "another kernel":
         [other] = [r for r in runs if (r["kernel"], r["fused"], r["dtype"]) == ("apply", "alone", "bfloat16")]
         (path.parent / f"{run['binary']}.cubin").write_text(other["binary"], encoding="utf-8")
@@ -69,7 +70,7 @@ def test_a_wrong_result_is_told(launcher, fault):
     made.each([run], 1e9, made.measure)
     [line] = read([path])
     assert not line["ok"]
-    assert math.isnan(line["errors"]["y"]) == (fault == "nothing is launched")
+    assert math.isnan(line["errors"][result]) == (fault == "nothing is launched")
 
 
 def test_bits_that_change_are_told(launcher):

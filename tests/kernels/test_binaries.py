@@ -121,8 +121,8 @@ def test_lowering(shape, channel):
     )
 
     def train(x, mask, epsilon, scale, bias, residual, dy):
-        _, mean, m2 = triton.moments(plan, x, mask, runner=runner)
-        coef = Coefficients(mean, m2, None, epsilon, scale, bias)
+        _, mean, var = triton.moments(plan, x, mask, runner=runner)
+        coef = Coefficients(mean, var, None, epsilon, scale, bias)
         (y,) = triton.apply(plan, x, coef, residual, runner=runner)
         *sums, dz = triton.gradient_sums_keeping(plan, x, coef, residual, mask, dy, runner=runner)
         straight = plan._replace(activation=None)
@@ -131,7 +131,7 @@ def test_lowering(shape, channel):
 
     def infer(x, mean, var, epsilon, scale, bias):
         coef = Coefficients(mean, var, None, epsilon, scale, bias)
-        return triton.apply(plan._replace(count=1), x, coef, None, runner=runner)
+        return triton.apply(plan, x, coef, None, runner=runner)
 
     text, kernels = lowered(train, x, mask, epsilon, vector, vector, x, x)
     assert kernels == ["jbn_moments", "jbn_apply", "jbn_gradient_sums", "jbn_gradient_input"]

@@ -17,7 +17,7 @@ import ml_dtypes
 import oracle
 import problems
 from driver import ON_GPU
-from problems import DTYPES, EPSILON, Drawn, check, cut, epsilon, execute, run_apply, run_moments
+from problems import DTYPES, EPSILON, Drawn, check, cut, epsilon, execute, run_apply, run_moments, summed
 
 from jbn.kernels import launches
 from jbn.kernels.launches import Mask
@@ -112,8 +112,8 @@ def test_wide_offsets(layout):
     """The same with 64-bit offsets, which the shape does not ask for."""
     drawn = Drawn(LAYOUTS[layout]._replace(batch=2), mask=Mask("full"))
     tiling = cut(drawn.view)
-    mean, spread, _ = drawn.coefficients()
-    vectors = mean, spread, epsilon(drawn), drawn.scale, drawn.bias
+    mean, var, _ = drawn.coefficients()
+    vectors = mean, var, epsilon(drawn), drawn.scale, drawn.bias
     for launch, arrays in [
         (launches.moments(drawn.problem(), 132, tiling), (drawn.x, drawn.mask)),
         (
@@ -141,7 +141,7 @@ def test_given_statistics():
     for activation in (None, "silu"):
         drawn = Drawn(LAYOUTS["last"], activation=activation)
         mean, var = drawn.running
-        problem = drawn.problem(count=1, centred=False)
+        problem = drawn.problem(centred=False)
         vectors = (mean, var, epsilon(drawn), drawn.scale, drawn.bias)
         tiling = cut(drawn.view)
         options = dict(axis=1, epsilon=EPSILON, activation=activation)
@@ -215,6 +215,6 @@ def test_chosen_tilings():
     for view in (View(3, 300, 40, 1), View(1, 2, 40, 300), View(7, 2, 100, 1), View(1, 700, 24, 1)):
         for dtype in DTYPES:
             drawn = Drawn(view, dtype)
-            _, mean, m2 = execute(launches.moments(drawn.problem(), 4), drawn.x, None)[:3]
+            _, mean, m2 = summed(drawn, *execute(launches.moments(drawn.problem(), 4), drawn.x, None)[:3])
             wanted = drawn.moments()
             oracle.assert_moments((mean, m2), wanted, n=view.rows)

@@ -90,9 +90,9 @@ def test_pieces(name, monkeypatch):
     @jax.jit
     def reference(x, residual, mask, dy, scale, bias, epsilons):
         moments = xla.moments(plan, x, mask)
-        mean, m2 = moments[-2:]
+        mean, var = moments[-2:]
         weight = None if mask is None else 1 / jnp.maximum(moments[0], 1)
-        coef = Coefficients(mean, m2 if weight is None else m2 * weight, weight, epsilons, scale, bias)
+        coef = Coefficients(mean, var, weight, epsilons, scale, bias)
         each = []
         for r in (None, residual):
             sums = xla.gradient_sums(plan, x, coef, r, mask, dy)

@@ -48,12 +48,11 @@ class Part(NamedTuple):
         return len(self.rows), len(self.channels)
 
     def vectors(self):
-        """mean, spread divided by the count, and 1 / count, (channels,) each."""
-        mean, spread, weight = self.drawn.coefficients()
+        """mean, var and 1 / count, (channels,) each."""
+        mean, var, weight = self.drawn.coefficients()
         if weight is None:
             weight = np.full_like(mean, 1 / len(self.rows))
-            spread = spread * weight
-        return mean[0], spread[0], weight[0]
+        return mean[0], var[0], weight[0]
 
 
 class Large:
@@ -108,10 +107,10 @@ class Large:
 
     def given(self):
         """x, then the vectors of the affine map."""
-        mean, spread = (self.vector(lambda part, i=i: part.vectors()[i]) for i in range(2))
+        mean, var = (self.vector(lambda part, i=i: part.vectors()[i]) for i in range(2))
         scale, bias = (self.vector(lambda part, n=n: getattr(part.drawn, n)[0]) for n in ("scale", "bias"))
         epsilon = np.full(self.view.batch, EPSILON, np.float32)
-        return self.tensor(lambda drawn: drawn.x), mean, spread, epsilon, scale, bias
+        return self.tensor(lambda drawn: drawn.x), mean, var, epsilon, scale, bias
 
     def run(self, launch, *arrays, backwards=False):
         """Runs the parts' programs, counted from the end where the kernel does so."""
@@ -181,13 +180,13 @@ def test_merging(layout, mask):
     """So many channels that all of a channel's programs can run, and the last of them merges."""
     view = MANY_CHANNELS[layout]
     large = Large(view, mask, [(0, [0, 1], 0), (1, [0, 1], math.ceil(view.channels / CHANNELS) - 1)])
-    count, mean, m2, *_ = large.moments()
+    count, mean, var, *_ = large.moments()
     total, product, *_ = large.sums()
     for part in large.parts:
         at, grads, wanted = large.channels(part), part.drawn.backward(), [v[0] for v in part.drawn.moments()]
         if mask != "none":
             np.testing.assert_array_equal(count[at], wanted[0])
         assert_close(mean[at], wanted[1], n=view.rows)
-        assert_close(m2[at], wanted[2], n=view.rows)
+        assert_close(var[at], wanted[2] / np.maximum(wanted[0], 1), n=view.rows)
         assert_close(total[at], grads["bias"][0], n=view.rows)
         assert_close(product[at], grads["scale"][0], n=view.rows)

@@ -72,10 +72,10 @@ class Drawn:
         )._replace(**more)  # fmt: skip
 
     def coefficients(self):
-        """mean, spread and weight as the op hands them to the kernels, (B, C); weight is None without a mask."""
+        """mean, var and weight as the op hands them to the kernels, (B, C); weight is None without a mask."""
         count, mean, m2 = self.moments()
         if self.mask is None:
-            return mean.astype(np.float32), m2.astype(np.float32), None
+            return mean.astype(np.float32), (m2 / self.view.rows).astype(np.float32), None
         weight = np.where(count > 0, 1 / np.maximum(count, 1), 0)
         mean = np.where(count > 0, mean, self.running[0])
         return tuple(v.astype(np.float32) for v in (mean, np.where(count > 0, m2 * weight, self.running[1]), weight))
@@ -107,21 +107,28 @@ class Drawn:
 
 
 def run_moments(drawn, tiling):
-    return execute(launches.moments(drawn.problem(), 132, tiling), drawn.x, drawn.mask)[:3]
+    """count, mean and Σ (x − mean)²."""
+    found = execute(launches.moments(drawn.problem(), 132, tiling), drawn.x, drawn.mask)
+    return summed(drawn, *found[:3])
+
+
+def summed(drawn, count, mean, var):
+    """The same, of what the kernel wrote."""
+    n = np.full(mean.shape, drawn.view.rows, np.float64) if drawn.mask is None else count.astype(np.float64)
+    return count, mean, (var * n).astype(var.dtype)
 
 
 def run_apply(drawn, tiling, dtype=None):
-    mean, spread, weight = drawn.coefficients()
-    problem = drawn.problem(**({} if weight is None else dict(count=1)))
-    launch = launches.apply(problem, dtype or drawn.dtype, 132, tiling)
-    return execute(launch, drawn.x, mean, spread, epsilon(drawn), drawn.scale, drawn.bias, drawn.residual)[0]
+    mean, var, _ = drawn.coefficients()
+    launch = launches.apply(drawn.problem(), dtype or drawn.dtype, 132, tiling)
+    return execute(launch, drawn.x, mean, var, epsilon(drawn), drawn.scale, drawn.bias, drawn.residual)[0]
 
 
 def run_backward(drawn, tiling, keep=False):
     """Σz̄, Σz̄x̂, x̄ and z̄, as two launches; with `keep`, the first one writes z̄ for the second."""
-    mean, spread, weight = drawn.coefficients()
-    problem = drawn.problem(weight=weight is not None, **({} if weight is None else dict(count=1)))
-    vectors = (mean, spread, epsilon(drawn), drawn.scale, drawn.bias)
+    mean, var, weight = drawn.coefficients()
+    problem = drawn.problem(weight=weight is not None)
+    vectors = (mean, var, epsilon(drawn), drawn.scale, drawn.bias)
     launch = launches.gradient_sums(problem, drawn.dtype if keep else None, 132, tiling)
     total, product, dz, *_ = execute(launch, drawn.x, *vectors, drawn.residual, drawn.mask, drawn.dy)
     sums = total, product

@@ -9,7 +9,7 @@ EPSILON = 1e-5
 LARGE = ("x", "residual", "dy", "y", "dx", "dz")  # of x's shape
 # Of the distance from the exact result, relative, in norms. bfloat16 rounds by 2⁻⁹; where |z| is within rounding of 0,
 # relu's derivative is 0 in one and 1 in the other: 2e-8 of all elements, whose root counts.
-LIMITS = {"mean": 1e-5, "m2": 1e-5, "columns": 1e-5, "total": 1e-3, "product": 1e-3}
+LIMITS = {"mean": 1e-5, "var": 1e-5, "columns": 1e-5, "total": 1e-3, "product": 1e-3}
 LARGE_LIMITS = {"bfloat16": 5e-3, "float32": 1e-5}
 DERIVATIVE_LIMIT = 1e-3  # of float32
 
@@ -56,7 +56,7 @@ class Operands:
             return self.memory.full((1,), "float32", EPSILON)
         if name in ("scale", "bias"):
             return self.memory.normal((self.channels,), "float32", len(name), float(name == "scale"), 0.25)
-        exact = self.exact({"spread": "m2"}.get(name, name), fused)
+        exact = self.exact(name, fused)
         return self.memory.narrow(exact, "float32")
 
     def buffer(self, index: int, dtype: str, i: int) -> Any:
@@ -86,10 +86,10 @@ class Operands:
             return x
         if name == "columns":
             return x.sum(0)
-        if name in ("mean", "m2"):
+        if name in ("mean", "var"):
             mean = x.sum(0) / self.rows
-            return mean if name == "mean" else ((x - mean) ** 2).sum(0)
-        rstd = (given("spread") / self.rows + EPSILON) ** -0.5
+            return mean if name == "mean" else ((x - mean) ** 2).sum(0) / self.rows
+        rstd = (given("var") + EPSILON) ** -0.5
         normalised = (x - given("mean")) * rstd
         z = normalised * given("scale") + given("bias")
         if fused == "add + relu":

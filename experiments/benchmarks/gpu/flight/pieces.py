@@ -13,7 +13,7 @@ from jbn.kernels.launches import Launch, Problem
 from jbn.kernels.tiling import Tiling, View
 
 PROCESSORS = 132  # multiprocessors of an H100 and an H200
-VECTORS = ("mean", "spread", "epsilon", "scale", "bias")
+VECTORS = ("mean", "var", "epsilon", "scale", "bias")
 
 
 class Tried(NamedTuple):
@@ -133,7 +133,7 @@ SUMS = {0: "total", 1: "product"}
 PIECES = (
     Piece("copy", "alone", _copy, ("x",), {0: "x"}, 2, alone),
     Piece("read", "alone", _read, ("x",), {0: "columns"}, 1, slices),
-    Piece("moments", "alone", _moments, ("x", "x"), {1: "mean", 2: "m2"}, 1, grid(2, 4)),
+    Piece("moments", "alone", _moments, ("x", "x"), {1: "mean", 2: "var"}, 1, grid(2, 4)),
     Piece("apply", "relu", _apply, APPLY_READS, {0: "y"}, 2, streams),
     Piece("sums", "relu", _sums, SUMS_READS, SUMS, 2, grid(1, 2)),
     Piece("input", "relu", _input, INPUT_READS, {0: "dx"}, 3, streams),
