@@ -164,6 +164,6 @@ def jbn_moments(
 @triton.jit
 def store_moments(count_ptr, mean_ptr, var_ptr, at, inside, count, mean, m2, MASK: tl.constexpr):
     tl.store(mean_ptr + at, mean, mask=inside)
-    tl.store(var_ptr + at, tl.div_rn(m2, tl.maximum(count, 1.0)), mask=inside)
+    tl.store(var_ptr + at, m2 / tl.maximum(count, 1.0), mask=inside)
     if MASK != "none":
         tl.store(count_ptr + at, count, mask=inside)
