@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -161,7 +162,7 @@ def test_drawings_are_cut_between_panels_that_stand_alone():
 
 def test_style_lets_nothing_be_wider_than_the_page():
     """What holds without a browser: long words wrap, drawings and tables give way, no width is fixed."""
-    style = re.search("<style>(.*)</style>", report.TEMPLATE.read_text(encoding="utf-8"), re.DOTALL).group(1)
+    [style] = re.findall("<style>(.*)</style>", report.TEMPLATE.read_text(encoding="utf-8"), re.DOTALL)
     wide = re.findall(r"([^{}]+?)\s*\{([^{}]*)\}", style.partition("@media (max-width")[0])
     rules = {" ".join(selector.split()): rule for selector, rule in wide}
     assert "overflow-wrap: anywhere" in style
@@ -200,7 +201,7 @@ def looked_at(page, width, scheme, profile):
     probe.write_text(replaced.replace("\\\\", "\\"), encoding="utf-8")
     # a page may look into a frame beside it only where files count as one origin
     told = ("--allow-file-access-from-files", f"--user-data-dir={profile}", "--dump-dom", probe.as_uri())
-    done = subprocess.run([CHROMIUM, *QUIET, *told], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([str(CHROMIUM), *QUIET, *told], capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in done.stderr, done.stderr
     [title] = re.findall(r"<title>(\{.*?\})</title>", done.stdout)
     return json.loads(title)
@@ -243,12 +244,17 @@ def test_redraw_follows_from_committed_numbers(tmp_path):
     assert (tmp_path / "report.html").exists()
 
 
+def job(name):
+    experiment: Any = catalog.load(catalog.discover()[name])
+    return experiment
+
+
 @pytest.mark.parametrize("name", ["digits", "speed", "folding", "communication", "binaries"])
 def test_what_jobs_found_is_what_was_measured(name):
     if name == "binaries":
         pytest.importorskip("triton")
     results = Results.read(COMMITTED / f"{name}.json")
-    assert results.told == told(catalog.load(catalog.discover()[name]), results)
+    assert results.told == told(job(name), results)
     assert results.told["question"].endswith("?")
 
 
@@ -278,4 +284,4 @@ def test_redraw_names_a_damaged_file(tmp_path, capsys):
 
 def test_of_an_unfinished_job_nothing_is_told():
     results = Results("folding", {}, [{"case": "a"}])
-    assert told(catalog.load(catalog.discover()["folding"]), results) == {}
+    assert told(job("folding"), results) == {}
