@@ -31,7 +31,7 @@ class Win(NamedTuple):
     source: str  # the file of results
 
 
-# From `python -m experiments speed` on a GPU, whose summary proposes these rows. Nothing has been measured yet.
+# From `python -m experiments speed` on a GPU, whose summary proposes these rows. None as yet: single rows alone.
 WINS: tuple[Win, ...] = ()
 
 OLDEST = {"triton": "3.6", "jax-triton": "0.3.1"}
