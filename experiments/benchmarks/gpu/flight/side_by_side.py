@@ -31,7 +31,7 @@ CANDIDATES = ("jbn triton", "jbn xla", "flax.linen", "torch", "torch cudnn")
 BASELINE = "flax.linen"
 KINDS = (("jbn triton", False), ("flax.linen", False), ("jbn triton", True)), (("jbn xla", False), ("jbn xla", True))
 # (candidate, batch, whether the named policy is used), the most valuable first
-STEPS = tuple((name, batch, named) for kinds in KINDS for batch in (256, 128) for name, named in kinds)
+STEPS = tuple((name, batch, named) for kinds in KINDS for batch in (128, 256) for name, named in kinds)
 AT_ONCE = 3  # steps that compile side by side: each takes several cores
 SAMPLES, SECONDS = 3, 0.01
 PATIENCE = 40  # seconds that a candidate is given for a task
