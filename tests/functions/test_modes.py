@@ -4,6 +4,7 @@ All jobs are one program. Where a setting leaves its text as it is, it is compil
 """
 
 import contextlib
+import gc
 import re
 from functools import partial
 
@@ -166,10 +167,15 @@ SETTINGS = {
 
 @contextlib.contextmanager
 def setting(name):
-    with contextlib.ExitStack() as stack:
-        for context in SETTINGS[name]:
-            stack.enter_context(context())
-        yield
+    gc.collect()
+    gc.freeze()  # each of hundreds of looks for leaks walks all objects but these: in a whole run, millions
+    try:
+        with contextlib.ExitStack() as stack:
+            for context in SETTINGS[name]:
+                stack.enter_context(context())
+            yield
+    finally:
+        gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
