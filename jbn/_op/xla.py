@@ -99,25 +99,27 @@ def tangent(plan: Plan, x, coef: Coefficients, residual, mask, moved):
 
 def gradient_sums(plan: Plan, x, coef: Coefficients, residual, mask, dy):
     """`Σ z̄, Σ z̄ · x̂` over the rows of each channel, where z̄ = activation'(z) · ȳ."""
-    dz, centred, rstd = cotangent(plan, x, coef, residual, mask, dy)
+    dz, centred, map_ = cotangent(plan, x, coef, residual, mask, dy, jnp.greater_equal)
     axes = rows(plan, x.ndim)
-    return _vector(plan, _total(dz, axes)), _vector(plan, _total(dz * centred, axes) * rstd)
+    return _vector(plan, _total(dz, axes)), _vector(plan, _total(dz * centred, axes) * map_.rstd)
 
 
-def cotangent(plan: Plan, x, coef: Coefficients, residual, mask, dy):
-    """z̄ = activation'(z) · ȳ, x − mean, and 1/std at x's rank."""
-    map_ = _map(plan, x, coef, jnp.greater_equal)
+def cotangent(plan: Plan, x, coef: Coefficients, residual, mask, dy, above=jnp.greater):
+    """z̄ = activation'(z) · ȳ, x − mean, and the map at x's rank, told apart by `above` as `_map` has it."""
+    map_ = _map(plan, x, coef, above)
     dy = _seen(x, dy, mask)
     centred = _centred(x, map_, mask)
-    return _through_activation(plan, dy, centred, map_, coef, residual, mask), centred, map_.rstd
+    return _through_activation(plan, dy, centred, map_, coef, residual, mask), centred, map_
 
 
 def gradient_sums_keeping(plan: Plan, x, coef: Coefficients, residual, mask, dy):
     """`gradient_sums`, and z̄ in the residual's dtype behind them."""
-    map_ = _map(plan, x, coef)
-    centred = _centred(x, map_, mask)
-    dz = _through_activation(plan, _seen(x, dy, mask), centred, map_, coef, residual, mask)
-    return *gradient_sums(plan, x, coef, residual, mask, dy), dz.astype(residual.dtype)
+    return *gradient_sums(plan, x, coef, residual, mask, dy), kept_cotangent(plan, x, coef, residual, mask, dy)
+
+
+def kept_cotangent(plan: Plan, x, coef: Coefficients, residual, mask, dy):
+    """z̄ in the residual's dtype."""
+    return cotangent(plan, x, coef, residual, mask, dy)[0].astype(residual.dtype)
 
 
 def gradient_input(plan: Plan, x, coef: Coefficients, residual, mask, dy, sums, kept=None):
@@ -126,10 +128,8 @@ def gradient_input(plan: Plan, x, coef: Coefficients, residual, mask, dy, sums, 
     z̄ is computed here, whether or not it was `kept`.
     """
     del kept
-    map_ = _map(plan, x, coef)
-    dy = _seen(x, dy, mask)
-    centred = _centred(x, map_, mask)
-    dz = dx = _through_activation(plan, dy, centred, map_, coef, residual, mask)
+    dz, centred, map_ = cotangent(plan, x, coef, residual, mask, dy)
+    dx = dz
     if plan.centred:
         pull = _projection(plan, coef, centred * map_.rstd, sums)
         dx = dz - (pull if mask is None else where(mask, pull, 0))

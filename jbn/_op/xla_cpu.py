@@ -55,15 +55,16 @@ def gradient_sums(plan: Plan, x, coef: Coefficients, residual, mask, dy):
     if mask is not None or parts is None:
         return xla.gradient_sums(plan, x, coef, residual, mask, dy)
     x, residual, dy = (None if v is None else _cut(plan, v, parts) for v in (x, residual, dy))
-    dz, centred, rstd = xla.cotangent(plan._replace(channel=plan.batch + 2), x, coef, residual, None, dy)
+    cut = plan._replace(channel=plan.batch + 2)
+    dz, centred, map_ = xla.cotangent(cut, x, coef, residual, None, dy, jnp.greater_equal)
     total, product = (jnp.sum(v, plan.batch) for v in _add_parts(plan, dz, dz * centred))
-    return total, product * jnp.squeeze(rstd, (plan.batch, plan.batch + 1))
+    return total, product * jnp.squeeze(map_.rstd, (plan.batch, plan.batch + 1))
 
 
 def gradient_sums_keeping(plan: Plan, x, coef: Coefficients, residual, mask, dy):
     """`gradient_sums`, and z̄ in the residual's dtype behind them."""
-    *_, dz = xla.gradient_sums_keeping(plan, x, coef, residual, mask, dy)
-    return *gradient_sums(plan, x, coef, residual, mask, dy), dz
+    sums = gradient_sums(plan, x, coef, residual, mask, dy)
+    return *sums, xla.kept_cotangent(plan, x, coef, residual, mask, dy)
 
 
 def _parts(plan: Plan, x, numbers: Iterable[int]) -> int | None:
