@@ -5,6 +5,7 @@ add + relu, in training; and in `--out` writes the file of the GPU's kind, which
 is in `jbn/_op/measured/`. Nothing else should run on the device.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -68,7 +69,7 @@ def table(results: Results) -> Any:
     for name in ("x", "dtype", "with", "forward", "backward", "failed"):
         shown.add_column(name)
     for row in results.rows:
-        speeds = ("–" if row[f"{each}_speed"] is None else f"{row[f'{each}_speed']:.2f}×" for each in PASSES)
+        speeds = ("–" if row[f"{each}_speed"] is None else f"{row[f'{each}_speed']:.2f}×" for each in tables.PASSES)
         shown.add_row("×".join(map(str, row["shape"])), row["dtype"], fused(row), *speeds, row["failed"] or "")
     return shown
 
@@ -77,10 +78,10 @@ def figure(results: Results) -> Any:
     """XLA's time over that of the kernels, over the size of x: a dot a batch norm."""
     plt = pyplot()
     fig, panels = plt.subplots(1, 2, figsize=(7.2, 3.2), sharey=True, layout="constrained")
-    for ax, each in zip(panels, PASSES, strict=True):
+    for ax, each in zip(panels, tables.PASSES, strict=True):
         for name, color in zip(FUSED, (GREY, BLUE, VERMILION), strict=True):
             rows = [row for row in results.rows if fused(row) == name and row[f"{each}_speed"] is not None]
-            sizes = [jnp.dtype(row["dtype"]).itemsize * size(row) / 1e6 for row in rows]
+            sizes = [jnp.dtype(row["dtype"]).itemsize * math.prod(row["shape"]) / 1e6 for row in rows]
             ax.plot(sizes, [row[f"{each}_speed"] for row in rows], "o", color=color, markersize=3, label=name)
         ax.axhline(1, color=GREY, linewidth=1)
         ax.set(xscale="log", xlabel="x / MB", title=each)
@@ -89,17 +90,6 @@ def figure(results: Results) -> Any:
     return fig
 
 
-PASSES = ("forward", "backward")
-
-
 def fused(row: dict[str, Any]) -> str:
     """The name of what the batch norm is with."""
     return next(name for name, kind in FUSED.items() if kind == (row["residual"] is not None, row["activation"]))
-
-
-def size(row: dict[str, Any]) -> int:
-    """Elements of x."""
-    count = 1
-    for n in row["shape"]:
-        count *= n
-    return count

@@ -12,8 +12,9 @@ from jax import lax
 
 import jbn
 import jbn.linen
-from experiments.benchmarks.gpu.tasks import Task
+from experiments.benchmarks.gpu.tasks import PASSES, Task
 from experiments.benchmarks.gpu.timing import Prepared
+from jbn._functions.autotune_measure import chain
 
 MOMENTUM, EPSILON = 0.9, 1e-5
 IMPLEMENTATIONS: dict[str, Any] = {"jbn triton": "triton", "jbn xla": "xla"}
@@ -28,11 +29,27 @@ def prepare(name: str, task: Task, count: int) -> Prepared:
         return {"forward": lambda: copy(xs)}, jax.block_until_ready, []
     layer = functools.partial(flax_layer if name == "flax.linen" else jbn_layer, name, task)
     channels = task.shape[task.axis]
-    scale = 1 + 0.25 * noise((channels,), 1)
-    bias = 0.25 * noise((channels,), 2)
+    scale, bias = scale_and_bias(channels)
     state = jnp.zeros(channels), jnp.ones(channels)
     inputs = [(scale, bias, make(10 + i), make(30 + i) if task.fused == "add + relu" else None) for i in range(count)]
     cotangents = [make(50 + i) for i in range(count)]
+
+    of = functions(layer, state)
+    run = {each: jax.jit(chain(of[each])) for each in PASSES}
+    pullbacks = [jax.jit(of["linearized"])(given)[0] for given in inputs]
+    pairs = list(zip(inputs, cotangents, strict=True))
+    steps = {
+        "forward": lambda: run["forward"](inputs),
+        "backward": lambda: run["backward"](list(zip(pullbacks, cotangents, strict=True))),
+        "both": lambda: run["both"](pairs),
+    }
+    y, _, _, _, _, dx, *dresidual = steps["both"]()[0]
+    seen = jax.jit(fingerprint)(inputs[0][2], cotangents[0], y, dx, *(v for v in dresidual if v is not None))
+    return steps, jax.block_until_ready, [float(v) for v in seen]
+
+
+def functions(layer: Callable[..., Any], state: Any) -> dict[str, Callable[[Any], Any]]:
+    """A layer's passes, each to its results and what comes late; "linearized" makes what the backward pass is given."""
 
     def forward(given):
         y, new = layer(state, *given)
@@ -55,32 +72,12 @@ def prepare(name: str, task: Task, count: int) -> Prepared:
         out = pullback(cotangent)
         return (y, *new, *out), out[1]
 
-    run = {name: jax.jit(chain(f)) for name, f in (("forward", forward), ("backward", backward), ("both", both))}
-    pullbacks = [jax.jit(linearized)(given)[0] for given in inputs]
-    pairs = list(zip(inputs, cotangents, strict=True))
-    steps = {
-        "forward": lambda: run["forward"](inputs),
-        "backward": lambda: run["backward"](list(zip(pullbacks, cotangents, strict=True))),
-        "both": lambda: run["both"](pairs),
-    }
-    y, _, _, _, _, dx, *dresidual = steps["both"]()[0]
-    seen = jax.jit(fingerprint)(inputs[0][2], cotangents[0], y, dx, *(v for v in dresidual if v is not None))
-    return steps, jax.block_until_ready, [float(v) for v in seen]
+    return {"forward": forward, "linearized": linearized, "backward": backward, "both": both}
 
 
-def chain(layer: Callable[[Any], tuple[Any, Any]]) -> Callable[[list[Any]], list[Any]]:
-    """Layers on inputs of their own, each of which waits for a small result of the one before, as in a network."""
-
-    def run(given):
-        outputs, token = [], None
-        for each in given:
-            if token is not None:
-                each, token = lax.optimization_barrier((each, token))
-            out, token = layer(each)
-            outputs.append(out)
-        return outputs
-
-    return run
+def scale_and_bias(channels: int) -> tuple[jax.Array, jax.Array]:
+    """A layer's parameters."""
+    return 1 + 0.25 * noise((channels,), 1), 0.25 * noise((channels,), 2)
 
 
 def jbn_layer(name: str, task: Task, state: Any, scale: Any, bias: Any, x: Any, residual: Any) -> Any:

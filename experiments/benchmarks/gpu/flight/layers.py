@@ -37,7 +37,6 @@ def compiled(name: str, task: Task) -> Programs:
     """Everything that a task needs, ready to run; a pass that does not compile is among `failed`."""
     import jax
     import jax.numpy as jnp
-    from jax import lax
 
     from experiments.benchmarks.gpu import candidates
 
@@ -48,55 +47,30 @@ def compiled(name: str, task: Task) -> Programs:
     vector = jax.ShapeDtypeStruct((channels,), jnp.float32)
     given = vector, vector, x, x if task.fused == "add + relu" else None
 
-    def forward(given: Any) -> Any:
-        y, new = layer(state, *given)
-        return (y, *new), new[0]
-
-    def linearized(given: Any) -> Any:
-        y, pullback, _ = jax.vjp(lambda *given: layer(state, *given), *given, has_aux=True)
-        return pullback, y
-
-    def backward(given: Any) -> Any:
-        pullback, cotangent = given
-        out = pullback(cotangent)
-        return out, out[1]
-
-    def both(given: Any) -> Any:
-        given, cotangent = given
-        y, pullback, new = jax.vjp(lambda *given: layer(state, *given), *given, has_aux=True)
-        # a network's cotangent comes after y: else XLA fuses the passes, which there it cannot
-        y, cotangent = lax.optimization_barrier((y, cotangent))
-        out = pullback(cotangent)
-        return (y, *new, *out), out[1]
+    of = candidates.functions(layer, state)
 
     def lower(what: str, function: Any, argument: Any) -> Any:
         function.__name__ = f"{what}_{task.fused.replace(' + ', '_')}_{'x'.join(map(str, task.shape))}"
         with LOWERING:
             return jax.jit(function).lower(argument)
 
-    first = lower("linearized", linearized, given)
+    first = lower("linearized", of["linearized"], given)
     arguments = {
-        "both": (both, [(given, x)] * count),
-        "forward": (forward, [given] * count),
-        "backward": (backward, [(first.out_info[0], x)] * count),
+        "both": [(given, x)] * count,
+        "forward": [given] * count,
+        "backward": [(first.out_info[0], x)] * count,
     }
     passes, failed = {}, {}
-    for what, (function, argument) in arguments.items():
+    for what, argument in arguments.items():
         try:
-            passes[what] = lower(what, candidates.chain(function), argument).compile()
+            passes[what] = lower(what, candidates.chain(of[what]), argument).compile()
         except Exception as error:
             failed[what] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     draw = jax.jit(functools.partial(candidates.draw, task)).lower(jnp.int32(0)).compile()
-    vectors = jax.jit(functools.partial(scale_and_bias, channels)).lower().compile()
+    vectors = jax.jit(functools.partial(candidates.scale_and_bias, channels)).lower().compile()
     seen = [x] * (4 if given[3] is None else 5)  # x, ȳ, y, x̄ and the residual's cotangent
     fingerprint = jax.jit(candidates.fingerprint).lower(*seen).compile()
     return Programs(draw, vectors, first.compile(), passes, fingerprint, failed)
-
-
-def scale_and_bias(channels: int) -> tuple[Any, Any]:
-    from experiments.benchmarks.gpu import candidates
-
-    return 1 + 0.25 * candidates.noise((channels,), 1), 0.25 * candidates.noise((channels,), 2)
 
 
 def run(name: str, task: Task, programs: Programs, samples: int, seconds: float) -> dict[str, Any]:
@@ -174,7 +148,7 @@ def time(name: str, state: dict[str, Any], task: list[Any], samples: int, second
         if name.startswith("torch"):
             return torch_run(name, wanted, samples, seconds)
         return run(name, wanted, state["tasks"].pop(wanted).result(), samples, seconds)
-    except (Exception, concurrent.futures.CancelledError) as error:
+    except Exception as error:
         return {"passes": {}, "fingerprint": [], "failed": {"all": f"{type(error).__name__}: {str(error)[:300]}"}}
 
 
