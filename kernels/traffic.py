@@ -11,7 +11,7 @@ class Traffic(NamedTuple):
 
     loaded: int
     stored: int
-    again: int = 0  # of those loaded, channels' vectors that each program loads: a cache has them
+    again: int = 0  # of those loaded, channels' vectors where each tile's program loads them: a cache has them
 
 
 def traffic(launch: Launch, view: View, itemsizes: dict[str, int]) -> Traffic:
@@ -40,8 +40,8 @@ def traffic(launch: Launch, view: View, itemsizes: dict[str, int]) -> Traffic:
             loaded += vector * (fields * programs + again)
     if launch.kernel.__name__ == "jbn_gradient_sums":
         loaded += vector + 4 * view.batch * tiling.blocks(view)  # var and epsilon once more, for what is stored
-    again = vector * (programs - 1) * _vectors(launch)
-    return Traffic(loaded, stored, again)
+    streams = programs > 1 and programs * tiling.ROWS >= view.rows
+    return Traffic(loaded, stored, vector * (programs - 1) * _vectors(launch) if streams else 0)
 
 
 def _tensors(launch: Launch) -> tuple[list[str], list[str]]:
