@@ -118,8 +118,8 @@ def _measured(
     known = {} if ignore_cache else tables.read(path, kind)
     wanted = {norm: backward for norm, backward in norms.items() if not _is_known(known.get(norm), backward)}
     for row in measure(wanted, progress):
-        tables.write(path, kind, [row])  # at once, so that what is interrupted loses nothing
-    return tables.Source(str(path), tables.read(path, kind)), len(wanted)
+        known = tables.write(path, kind, [row])  # at once, so that what is interrupted loses nothing
+    return tables.Source(str(path), known), len(wanted)
 
 
 def _is_known(row: Row | None, backward: bool) -> bool:

@@ -119,9 +119,11 @@ def linearized(norm: Norm, implementation: Any) -> Callable:
 
     def run(given):
         params, state, x, residual, mask, _ = given
-        _, pull, _ = jax.vjp(lambda *moved: one(*moved[:1], state, moved[1], moved[2], mask), params, x, residual,
-                             has_aux=True)  # fmt: skip
-        return pull
+
+        def f(params, x, residual):
+            return one(params, state, x, residual, mask)
+
+        return jax.vjp(f, params, x, residual, has_aux=True)[1]
 
     return run
 

@@ -113,18 +113,18 @@ def match(
     return Match(paths, {**said, **hints})
 
 
-def _check_given(given: Mapping[str, Any], theirs: list[Layer], ours: list[Layer]) -> None:
+def _check_given(given: Mapping[str, Path], theirs: list[Layer], ours: list[Layer]) -> None:
     by_name, by_path = {layer.name: layer for layer in theirs}, {layer.path: layer for layer in ours}
     for name, path in given.items():
         if name not in by_name:
             near = ", ".join(list(by_name)[:SHOWN])
             raise KeyError(f"names has {name!r}, which state_dict has not: give names of its layers ({near}, …)")
-        if tuple(path) not in by_path:
+        if path not in by_path:
             raise KeyError(
                 f"names leads {name!r} to {'/'.join(map(str, path))}, where variables has no layer: give the path of "
                 "the module that has the weights"
             )
-        layer, our = by_name[name], by_path[tuple(path)]
+        layer, our = by_name[name], by_path[path]
         if not layer.forms.keys() & our.forms.keys():
             raise ValueError(
                 f"names leads {name}, {_forms(layer)}, to {our.name}, {_forms(our)}: give layers of one kind and shape"
