@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -17,11 +18,12 @@ from jbn._op.merging import Statistics, pool_along
 from jbn._op.normalize import Running, Terms, normalize_eval, normalize_train
 from jbn._op.partition import beside
 from jbn._op.pieces import synchronise
-from jbn._op.plan import Options, Plan, compute_dtype, where
+from jbn._op.plan import Options, Plan, compute_dtype, row_count, where
 from jbn._op.sync import Sync, splittable
 
 Activation = Literal["relu", "relu6", "leaky_relu", "silu", "hard_swish"]
 Implementation = Literal["xla", "triton"]
+_TINY = float(jnp.finfo(jnp.float32).tiny)  # what is less may be 0 to a device
 
 
 class BNParams(NamedTuple):
@@ -130,28 +132,20 @@ def bn_train(
 
     Source: Ioffe, Szegedy (2015), Batch Normalization, algorithm 1 (https://arxiv.org/abs/1502.03167).
     """
-    plan, x, terms = _prepare(params, state, x, axis, epsilon, residual, activation, dtype, implementation)
-    plan = plan._replace(centred=True)
+    plan, *arrays = _prepare(params, state, x, axis, epsilon, residual, activation, dtype, implementation)
+    *_, x, _, residual = arrays
     mask = checks.check_mask(mask, x)
-    plan = plan._replace(options=Options.of(activation, terms.residual, mask))
     momentum = checks.check_between("momentum", momentum, 0, 1)
     sync = checks.check_names(axis_name, axis_index_groups)
     virtual = check_virtual(virtual_batch_size, x, plan.channel, sync)
-    state = jax.tree.map(lax.stop_gradient, state)
-    running = _running(plan, state, x)
-
     renorm = check_renorm(renorm)
-
-    def normalize(plan, x, terms, mask):
-        if renorm is not None:
-            terms = corrected(renorm, plan, x, terms, mask, running)
-        return normalize_train(plan, x, terms, mask, running)
-
-    if virtual is None:
-        y, seen = normalize(plan._replace(sync=sync), x, terms, mask)
-    else:
-        y, seen = _normalize_virtual(normalize, plan, virtual, sync, x, terms, mask)
-    return y, _moved(state, seen, momentum, unbiased)
+    plan = plan._replace(centred=True, options=Options.of(activation, residual, mask))
+    known = isinstance(momentum, float | int)
+    count = row_count(plan, x)
+    mixes = mask is None and isinstance(count, int) and count > 0 and known and _TINY <= momentum < 1
+    fixed = _Training(plan, sync, virtual, bool(unbiased), mixes)
+    # of a number its rest to 1 is exact
+    return _train(fixed, *arrays, mask, momentum, 1 - momentum if known else None, renorm)
 
 
 def bn_eval(
@@ -172,42 +166,80 @@ def bn_eval(
 
     Source: Ioffe, Szegedy (2015), Batch Normalization, algorithm 2 (https://arxiv.org/abs/1502.03167).
     """
-    plan, x, terms = _prepare(params, state, x, axis, epsilon, residual, activation, dtype, implementation)
-    return normalize_eval(plan, x, terms, _running(plan, state, x))
+    return _eval(*_prepare(params, state, x, axis, epsilon, residual, activation, dtype, implementation))
 
 
-def _prepare(
-    params, state, x, axis, epsilon, residual, activation, dtype, implementation
-) -> tuple[Plan, jax.Array, Terms]:
-    """What training and inference share: checked arguments, vectors in the dtype of the arithmetic."""
+class _Training(NamedTuple):
+    """What of a call in training is fixed at tracing."""
+
+    plan: Plan
+    sync: Sync
+    virtual: Virtual | None
+    unbiased: bool
+    mixes: bool  # whether old state and statistics both have a weight, in every channel
+
+
+def _prepare(params, state, x, axis, epsilon, residual, activation, dtype, implementation) -> tuple:
+    """What training and inference share, checked: the plan, then `(params, state, x, epsilon, residual)` as arrays."""
     x = checks.check_input(x)
     channel = checks.check_axis(axis, x)
-    checks.check_vectors("params", params, BNParams, x.shape[channel], x, axis)
-    checks.check_vectors("state", state, BNState, x.shape[channel], x, axis)
+    params = checks.check_vectors("params", params, BNParams, x.shape[channel], x, axis)
+    state = checks.check_vectors("state", state, BNState, x.shape[channel], x, axis)
     residual = checks.check_residual(residual, x)
     epsilon = checks.check_between("epsilon", epsilon, 0, float("inf"))
     checks.check_activation(activation)
     checks.check_implementation(implementation)
-    dtype = x.dtype if dtype is None else checks.check_dtype(dtype)
     plan = Plan(
         channel,
         batch=0,
         count=1,
         centred=False,
         activation=activation,
-        dtype=dtype,
+        dtype=x.dtype if dtype is None else checks.check_dtype(dtype),
         sync=Sync(),
         may_partition=splittable(),
         implementation=implementation,
         options=Options.of(activation, residual, None),
     )
+    return plan, params, state, x, epsilon, residual
+
+
+# Called outside `jit` each of these two is one program, and not one for every operation in it; inlined into others, it
+# leaves no trace there.
+@partial(jax.jit, static_argnums=0, inline=True)
+def _train(fixed: _Training, params, state, x, epsilon, residual, mask, momentum, rest, renorm):
+    plan, sync, virtual, unbiased, mixes = fixed
+    terms = _terms(plan, params, x, epsilon, residual)
+    state = jax.tree.map(lax.stop_gradient, state)
+    running = _running(plan, state, x)
+
+    def normalize(plan, x, terms, mask):
+        if renorm is not None:
+            terms = corrected(renorm, plan, x, terms, mask, running)
+        return normalize_train(plan, x, terms, mask, running)
+
+    if virtual is None:
+        y, seen = normalize(plan._replace(sync=sync), x, terms, mask)
+    else:
+        y, seen = _normalize_virtual(normalize, plan, virtual, sync, x, terms, mask)
+    move = partial(_mixed if mixes else _moved, seen.count, momentum, rest)
+    return y, BNState(move(state.mean, seen.mean), move(state.var, seen.variance(unbiased)))
+
+
+@partial(jax.jit, static_argnums=0, inline=True)
+def _eval(plan: Plan, params, state, x, epsilon, residual):
+    return normalize_eval(plan, x, _terms(plan, params, x, epsilon, residual), _running(plan, state, x))
+
+
+def _terms(plan: Plan, params: BNParams, x, epsilon, residual) -> Terms:
+    """The parameters in the dtype of the arithmetic."""
     kind = compute_dtype(x.dtype)
-    scale, bias = (None if v is None else beside(jnp.asarray(v).astype(kind), x, channel) for v in params)
-    return plan, x, Terms(scale, bias, residual, jnp.asarray(epsilon).astype(kind)[None])
+    scale, bias = (None if v is None else beside(v.astype(kind), x, plan.channel) for v in params)
+    return Terms(scale, bias, residual, jnp.asarray(epsilon).astype(kind)[None])
 
 
 def _running(plan: Plan, state: BNState, x) -> Running:
-    return Running(*(beside(jnp.asarray(v).astype(compute_dtype(x.dtype)), x, plan.channel) for v in state))
+    return Running(*(beside(v.astype(compute_dtype(x.dtype)), x, plan.channel) for v in state))
 
 
 def _normalize_virtual(
@@ -228,19 +260,28 @@ def _normalize_virtual(
     return y, synchronise(plan._replace(sync=sync), pool_along(jax.tree.map(lax.stop_gradient, seen)))
 
 
-def _moved(state: BNState, seen: Statistics, momentum, unbiased: bool) -> BNState:
-    """momentum · state + (1 − momentum) · statistics, where there were any; without gradient, in the state's dtypes."""
+def _mixed(count, momentum, rest, old, new):
+    """momentum · old + (1 − momentum) · new, of positive weights; without gradient, in old's dtype."""
+    del count
+    kind = _kind(old, new)
+    keep, take = (jnp.asarray(weight).astype(kind) for weight in (momentum, rest))
+    return lax.stop_gradient((keep * old.astype(kind) + take * beside(new, old, 0).astype(kind)).astype(old.dtype))
 
-    def move(old, new):
-        old = jnp.asarray(old)
-        count, new = beside(jnp.asarray(seen.count), old, 0), beside(new, old, 0)
-        kind = compute_dtype(old.dtype if old.dtype == jnp.float64 else new.dtype)
-        weight = momentum if isinstance(momentum, float | int) else jnp.asarray(momentum).astype(kind)
-        keep, take = (jnp.where(count > 0, w, otherwise) for w, otherwise in ((weight, 1), (1 - weight, 0)))
-        mixed = weighted(keep.astype(kind), old.astype(kind)) + weighted(take.astype(kind), new.astype(kind))
-        return lax.stop_gradient(mixed.astype(old.dtype))
+
+def _moved(count, momentum, rest, old, new):
+    """`_mixed`, where there were any statistics; a weight may be 0 and what it is of NaN or inf."""
+    kind = _kind(old, new)
+    count, new = beside(jnp.asarray(count), old, 0), beside(new, old, 0)
+    keep = jnp.asarray(momentum).astype(kind)
+    take = 1 - keep if rest is None else jnp.asarray(rest).astype(kind)
+    keep, take = (jnp.where(count > 0, w, otherwise) for w, otherwise in ((keep, 1), (take, 0)))
 
     def weighted(weight, value):
-        return where(weight > 0, weight * value, 0)  # what has no weight may be NaN or inf
+        return where(weight > 0, weight * value, 0)
 
-    return BNState(move(state.mean, seen.mean), move(state.var, seen.variance(unbiased)))
+    mixed = weighted(keep.astype(kind), old.astype(kind)) + weighted(take.astype(kind), new.astype(kind))
+    return lax.stop_gradient(mixed.astype(old.dtype))
+
+
+def _kind(old, new) -> jnp.dtype:
+    return compute_dtype(old.dtype if old.dtype == jnp.float64 else new.dtype)

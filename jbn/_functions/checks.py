@@ -18,13 +18,13 @@ IMPLEMENTATIONS = (None, "xla", "triton")
 def check_input(x) -> jax.Array:
     """x as an array of a supported dtype and rank ≥ 1."""
     x = x if hasattr(x, "dtype") else jnp.asarray(x)
-    dtype = jnp.result_type(x)
+    dtype = _dtype(x)
     if dtype.name not in FLOATS:
         remedy = "cast it, e.g. x.astype(jnp.float32)"
         if jnp.issubdtype(dtype, jnp.complexfloating):
             remedy = "normalise real and imaginary parts apart, or use jbn.linen/jbn.nnx, which leave it to Flax"
         raise TypeError(f"x has dtype {dtype.name}, expected one of {', '.join(FLOATS)}: {remedy}")
-    x = jnp.asarray(x)
+    x = _array(x)
     if x.ndim == 0:
         raise ValueError("x is a scalar, expected rank >= 1 with channels along `axis`: add axes, e.g. x[None, None]")
     return x
@@ -49,7 +49,7 @@ def check_mask(mask, x):
     """The mask as a bool array of x's rank, or None."""
     if mask is None:
         return None
-    mask = jnp.asarray(mask)
+    mask = _array(mask)
     if mask.dtype != bool:
         raise TypeError(f"mask has dtype {mask.dtype.name}, expected bool: convert it, e.g. mask.astype(bool)")
     if mask.ndim != x.ndim:
@@ -68,17 +68,17 @@ def check_residual(residual, x):
     """The residual as a float array of x's shape, or None."""
     if residual is None:
         return None
-    dtype = jnp.result_type(residual)
+    dtype = _dtype(residual)
     if dtype.name not in FLOATS:
         raise TypeError(f"residual has dtype {dtype.name}, expected one of {', '.join(FLOATS)}: cast it")
-    residual = jnp.asarray(residual)
+    residual = _array(residual)
     if residual.shape != x.shape:
         raise ValueError(f"residual has shape {residual.shape}, expected x's shape {x.shape}: broadcast it first")
     return residual
 
 
 def check_vectors(name: str, value, kind: type, channels: int, x, axis):
-    """`params` or `state`: the NamedTuple `kind`, each vector a float array of shape (C,)."""
+    """`params` or `state`: the NamedTuple `kind`, each vector as a float array of shape (C,)."""
     if not isinstance(value, kind):
         raise TypeError(
             f"{name} is a {type(value).__name__}, expected jbn.{kind.__name__}: params come first, then state, "
@@ -87,7 +87,7 @@ def check_vectors(name: str, value, kind: type, channels: int, x, axis):
     for field, vector in zip(value._fields, value, strict=True):
         if vector is None and name == "params":
             continue
-        dtype = "None" if vector is None else jnp.result_type(vector).name
+        dtype = "None" if vector is None else _dtype(vector).name
         if vector is None or dtype not in FLOATS:
             raise TypeError(f"{name}.{field} has dtype {dtype}, expected one of {', '.join(FLOATS)}: cast it")
         if jnp.shape(vector) != (channels,):
@@ -95,6 +95,7 @@ def check_vectors(name: str, value, kind: type, channels: int, x, axis):
                 f"{name}.{field} has shape {jnp.shape(vector)}, expected ({channels},) for x of shape {x.shape} with "
                 f"axis={axis}: make it with jbn.bn_init({channels}), or give the axis of the channels"
             )
+    return kind(*(None if vector is None else _array(vector) for vector in value))
 
 
 def check_activation(activation) -> str | None:
@@ -206,3 +207,13 @@ def axis_names(axis_name) -> tuple:
 
 def _several(axis_name) -> bool:
     return isinstance(axis_name, Sequence) and not isinstance(axis_name, str)
+
+
+def _array(value) -> jax.Array:
+    """`jnp.asarray`, which takes its time where there is nothing to do."""
+    return value if isinstance(value, jax.Array) else jnp.asarray(value)
+
+
+def _dtype(value) -> jnp.dtype:
+    """`jnp.result_type`, likewise."""
+    return value.dtype if isinstance(value, jax.Array) else jnp.result_type(value)
