@@ -30,7 +30,7 @@ def moments(plan: Plan, x, mask):
     Its own Σ(x − mean)² = q − s²/P cancels by no more than P times rounding, as q ≤ P · (q − s²/P) with one d = 0.
     Groups then merge (Chan, Golub, LeVeque 1979) about the mean of all, so that nothing cancels.
     """
-    parts = _parts(plan, x, PLAIN_PARTS if x.dtype.itemsize > 2 else HALF_PARTS)
+    parts = _parts(plan, x, _plain(x))
     if mask is not None or parts is None:
         behind = x.shape[plan.channel + 1 :]
         if mask is None and len(behind) > 1:  # as one axis: loops of few steps over several are not vectorised
@@ -44,27 +44,33 @@ def moments(plan: Plan, x, mask):
     first = jnp.squeeze(first, plan.batch)
     pivot = xla.typical_row(first, (plan.batch,))
     off = first - pivot + s / parts  # a group's mean
-    shift = jnp.sum(off, plan.batch, keepdims=True) / groups
+    shift = jnp.sum(off / groups, plan.batch, keepdims=True)
     m2 = q - jnp.square(s * (UNIT * parts**-0.5)) + parts * jnp.square((off - shift) * UNIT)  # times UNIT²
-    return jnp.squeeze(pivot + shift, plan.batch), jnp.sum(m2 / groups, plan.batch) / (parts * UNIT**2)
+    # divided before they are added: what is behind a sum is compiled by itself
+    return jnp.squeeze(pivot + shift, plan.batch), jnp.sum(m2 / (groups * parts * UNIT**2), plan.batch)
 
 
 def gradient_sums(plan: Plan, x, coef: Coefficients, residual, mask, dy):
     """`Σ z̄, Σ z̄ · x̂` over the rows of each channel, where z̄ = activation'(z) · ȳ."""
-    parts = _parts(plan, x, PARTS)
+    parts = _parts(plan, x, PARTS if plan.activation else _plain(x))
     if mask is not None or parts is None:
         return xla.gradient_sums(plan, x, coef, residual, mask, dy)
     x, residual, dy = (None if v is None else _cut(plan, v, parts) for v in (x, residual, dy))
     cut = plan._replace(channel=plan.batch + 2)
     dz, centred, map_ = xla.cotangent(cut, x, coef, residual, None, dy, jnp.greater_equal)
-    total, product = (jnp.sum(v, plan.batch) for v in _add_parts(plan, dz, dz * centred))
-    return total, product * jnp.squeeze(map_.rstd, (plan.batch, plan.batch + 1))
+    total, product = _add_parts(plan, dz, dz * centred)
+    return jnp.sum(total, plan.batch), jnp.sum(product * jnp.squeeze(map_.rstd, plan.batch), plan.batch)
 
 
 def gradient_sums_keeping(plan: Plan, x, coef: Coefficients, residual, mask, dy):
     """`gradient_sums`, and z̄ in the residual's dtype behind them."""
     sums = gradient_sums(plan, x, coef, residual, mask, dy)
     return *sums, xla.kept_cotangent(plan, x, coef, residual, mask, dy)
+
+
+def _plain(x) -> Iterable[int]:
+    """The numbers for a loop without an activation's derivative."""
+    return PLAIN_PARTS if x.dtype.itemsize > 2 else HALF_PARTS
 
 
 def _parts(plan: Plan, x, numbers: Iterable[int]) -> int | None:
