@@ -15,8 +15,8 @@ from jbn._op import xla
 from jbn._op.plan import Coefficients, Plan, compute_dtype, row_count
 
 LITTLE = 2**14  # elements of a batch that are reduced as they are
-# Rows are cut into equal parts, of the first number here that divides them. A loop over more parts is not unrolled;
-# of fewer, each is longer, and within a part rows are summed the slow way.
+# The axes before the channels are cut into equal parts, of the first number here that divides them. A loop over more
+# parts is not unrolled; of fewer, each is longer, and within a part rows are summed the slow way.
 PARTS = (*range(8, 15), 7, 6, 5, 4)  # with an activation's derivative in the loop
 PLAIN_PARTS = range(32, 11, -1)
 HALF_PARTS = range(24, 11, -1)  # each number is converted
@@ -36,18 +36,18 @@ def moments(plan: Plan, x, mask):
         if mask is None and len(behind) > 1:  # as one axis: loops of few steps over several are not vectorised
             x = x.reshape(*x.shape[: plan.channel + 1], math.prod(behind))
         return xla.moments(plan, x, mask)
-    groups = row_count(plan, x) // parts
+    groups, axes = row_count(plan, x) // parts, _within(plan)
     cut = _cut(plan, x.astype(compute_dtype(x.dtype)), parts)
     first = lax.slice_in_dim(cut, 0, 1, axis=plan.batch)
     distance = cut - first
     s, q = _add_parts(plan, distance, jnp.square(distance * UNIT))
     first = jnp.squeeze(first, plan.batch)
-    pivot = xla.typical_row(first, (plan.batch,))
+    pivot = xla.typical_row(first, axes)
     off = first - pivot + s / parts  # a group's mean
-    shift = jnp.sum(off / groups, plan.batch, keepdims=True)
+    shift = jnp.sum(off / groups, axes, keepdims=True)
     m2 = q - jnp.square(s * (UNIT * parts**-0.5)) + parts * jnp.square((off - shift) * UNIT)  # times UNIT²
     # divided before they are added: what is behind a sum is compiled by itself
-    return jnp.squeeze(pivot + shift, plan.batch), jnp.sum(m2 / (groups * parts * UNIT**2), plan.batch)
+    return jnp.squeeze(pivot + shift, axes), jnp.sum(m2 / (groups * parts * UNIT**2), axes)
 
 
 def gradient_sums(plan: Plan, x, coef: Coefficients, residual, mask, dy):
@@ -59,7 +59,8 @@ def gradient_sums(plan: Plan, x, coef: Coefficients, residual, mask, dy):
     cut = plan._replace(channel=plan.batch + 2)
     dz, centred, map_ = xla.cotangent(cut, x, coef, residual, None, dy, jnp.greater_equal)
     total, product = _add_parts(plan, dz, dz * centred)
-    return jnp.sum(total, plan.batch), jnp.sum(product * jnp.squeeze(map_.rstd, plan.batch), plan.batch)
+    rstd = jnp.squeeze(map_.rstd, plan.batch)
+    return jnp.sum(total, _within(plan)), jnp.sum(product * rstd, _within(plan))
 
 
 def gradient_sums_keeping(plan: Plan, x, coef: Coefficients, residual, mask, dy):
@@ -75,15 +76,21 @@ def _plain(x) -> Iterable[int]:
 
 def _parts(plan: Plan, x, numbers: Iterable[int]) -> int | None:
     """How many parts rows are cut into, if that can be and is worth it."""
-    count = row_count(plan, x)
-    if plan.channel < x.ndim - 1 or count * x.shape[-1] <= LITTLE:
+    if row_count(plan, x) * x.shape[plan.channel] <= LITTLE:
         return None
-    return next((n for n in numbers if count % n == 0), None)
+    before = math.prod(x.shape[plan.batch : plan.channel])
+    return next((n for n in numbers if before % n == 0), None)
 
 
 def _cut(plan: Plan, x, parts: int):
-    """x as `(*batch, parts, rows of a part, C)`."""
-    return x.reshape(*x.shape[: plan.batch], parts, row_count(plan, x) // parts, x.shape[-1])
+    """x as `(*batch, parts, rows of a part before the channels, C, rows behind them)`."""
+    before, behind = (math.prod(n) for n in (x.shape[plan.batch : plan.channel], x.shape[plan.channel + 1 :]))
+    return x.reshape(*x.shape[: plan.batch], parts, before // parts, x.shape[plan.channel], behind)
+
+
+def _within(plan: Plan) -> tuple[int, int]:
+    """The axes of a part's own rows, once the parts are added."""
+    return plan.batch, plan.batch + 2
 
 
 def _add_parts(plan: Plan, *values):
