@@ -44,12 +44,12 @@ class Blocks(Dense):
         return x
 
 
-NETWORKS = {"dense": (Dense, 12, (4096, 64)), "blocks": (Blocks, 6, (32, 16, 16, 8))}
+NETWORKS = {"dense": (Dense, 8, (4096, 64)), "blocks": (Blocks, 6, (32, 16, 16, 8))}
 
 
 @cache
-def step(network, norm, platform):
-    """The gradients of a training step, lowered."""
+def traced(network, norm):
+    """The gradients of a training step."""
     module, layers, shape = NETWORKS[network]
     model = module(layers, *NORMS[norm])
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -59,8 +59,12 @@ def step(network, norm, platform):
         y, updates = model.apply({"params": params, "batch_stats": stats}, x, mutable=["batch_stats"])
         return jnp.sum(y**2), updates
 
-    traced = jax.jit(jax.value_and_grad(loss, has_aux=True)).trace(variables["params"], variables["batch_stats"], x)
-    return traced.lower(lowering_platforms=(platform,))
+    return jax.jit(jax.value_and_grad(loss, has_aux=True)).trace(variables["params"], variables["batch_stats"], x)
+
+
+@cache
+def step(network, norm, platform):
+    return traced(network, norm).lower(lowering_platforms=(platform,))
 
 
 def lines(lowered) -> int:
