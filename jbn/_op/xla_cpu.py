@@ -36,7 +36,7 @@ def moments(plan: Plan, x, mask):
         if mask is None and len(behind) > 1:  # as one axis: loops of few steps over several are not vectorised
             x = x.reshape(*x.shape[: plan.channel + 1], math.prod(behind))
         return xla.moments(plan, x, mask)
-    groups, axes = row_count(plan, x) // parts, _within(plan)
+    groups, axes = row_count(plan, x) // parts, _within(plan, x)
     cut = _cut(plan, x.astype(compute_dtype(x.dtype)), parts)
     first = lax.slice_in_dim(cut, 0, 1, axis=plan.batch)
     distance = cut - first
@@ -55,12 +55,13 @@ def gradient_sums(plan: Plan, x, coef: Coefficients, residual, mask, dy):
     parts = _parts(plan, x, PARTS if plan.activation else _plain(x))
     if mask is not None or parts is None:
         return xla.gradient_sums(plan, x, coef, residual, mask, dy)
+    axes = _within(plan, x)
     x, residual, dy = (None if v is None else _cut(plan, v, parts) for v in (x, residual, dy))
     cut = plan._replace(channel=plan.batch + 2)
     dz, centred, map_ = xla.cotangent(cut, x, coef, residual, None, dy, jnp.greater_equal)
     total, product = _add_parts(plan, dz, dz * centred)
     rstd = jnp.squeeze(map_.rstd, plan.batch)
-    return jnp.sum(total, _within(plan)), jnp.sum(product * rstd, _within(plan))
+    return jnp.sum(total, axes), jnp.sum(product * rstd, axes)
 
 
 def gradient_sums_keeping(plan: Plan, x, coef: Coefficients, residual, mask, dy):
@@ -83,14 +84,16 @@ def _parts(plan: Plan, x, numbers: Iterable[int]) -> int | None:
 
 
 def _cut(plan: Plan, x, parts: int):
-    """x as `(*batch, parts, rows of a part before the channels, C, rows behind them)`."""
+    """x as `(*batch, parts, rows of a part before the channels, C)`, and the rows behind them, if any, as one axis."""
     before, behind = (math.prod(n) for n in (x.shape[plan.batch : plan.channel], x.shape[plan.channel + 1 :]))
-    return x.reshape(*x.shape[: plan.batch], parts, before // parts, x.shape[plan.channel], behind)
+    last = plan.channel == x.ndim - 1  # a loop over an axis of 1 would not be vectorised
+    shape = (*x.shape[: plan.batch], parts, before // parts, x.shape[plan.channel])
+    return x.reshape(shape if last else (*shape, behind))
 
 
-def _within(plan: Plan) -> tuple[int, int]:
+def _within(plan: Plan, x) -> tuple[int, ...]:
     """The axes of a part's own rows, once the parts are added."""
-    return plan.batch, plan.batch + 2
+    return (plan.batch,) if plan.channel == x.ndim - 1 else (plan.batch, plan.batch + 2)
 
 
 def _add_parts(plan: Plan, *values):
