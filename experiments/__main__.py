@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -103,6 +104,18 @@ def execute(name: str, entry: catalog.Entry, options: Options) -> int:
     if not results.rows:
         print("nothing was finished, nothing is written", file=sys.stderr)
     return 0 if results.complete else INTERRUPTED
+
+
+def measured(run: Callable[..., int], name: str, entry: catalog.Entry, options: Options) -> int:
+    """Runs an experiment; of a quick run it tells the CPU seconds, all of the process, and those beyond compiling."""
+    if not options.quick:
+        return run(name, entry, options)
+    from experiments.framework import compiling
+
+    with compiling.watching() as found:
+        status = run(name, entry, options)
+    print(compiling.told(found))
+    return status
 
 
 def told(experiment: Job, results: Results) -> dict[str, Any]:
@@ -206,7 +219,7 @@ def main(arguments: list[str]) -> int:
             return redraw(entries, options.out)
         if name == "report":
             return report(options.out)
-        return (investigate if entries[name].is_claim else execute)(name, entries[name], options)
+        return measured(investigate if entries[name].is_claim else execute, name, entries[name], options)
     except MissingPackage as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -13,6 +13,8 @@ Usage:
     y, updates = block.apply(variables, x, train=True, mutable=["batch_stats"])
 """
 
+from __future__ import annotations
+
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -27,6 +29,7 @@ from jbn._flax.layer import bounds, check_features, feature_axis, left_to_flax, 
 from jbn._flax.norm_mask_linen import norm_mask
 from jbn._flax.recalibrate_linen import recalibrate
 from jbn._flax.replace_shared import Replaced
+from jbn._flax.signature import showing_constructor
 from jbn._op.jax_internals import without_wrappers
 
 __all__ = ["BatchNorm", "Folded", "Replaced", "fold", "norm_mask", "recalibrate", "replacing"]
@@ -34,6 +37,7 @@ __all__ = ["BatchNorm", "Folded", "Replaced", "fold", "norm_mask", "recalibrate"
 _flax_call = without_wrappers(nn.BatchNorm.__call__)
 
 
+@showing_constructor(nn.BatchNorm)
 class BatchNorm(nn.BatchNorm):
     """`flax.linen.BatchNorm`, computed by `jbn.bn_train` and `jbn.bn_eval`.
 

@@ -16,6 +16,8 @@ Usage:
     block.eval(); y = block(x)         # the running ones
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax
@@ -30,10 +32,12 @@ from jbn._flax.layer import bounds, check_features, feature_axis, left_to_flax, 
 from jbn._flax.norm_mask_nnx import norm_mask
 from jbn._flax.recalibrate_nnx import recalibrate
 from jbn._flax.replace_shared import Replaced
+from jbn._flax.signature import showing_constructor
 
 __all__ = ["BatchNorm", "Folded", "Replaced", "fold", "norm_mask", "recalibrate", "replace"]
 
 
+@showing_constructor(nnx.BatchNorm)
 class BatchNorm(nnx.BatchNorm):
     """`flax.nnx.BatchNorm`, computed by `jbn.bn_train` and `jbn.bn_eval`.
 

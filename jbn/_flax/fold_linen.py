@@ -10,12 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax.core import unfreeze
 from jax.experimental.xla_metadata import set_xla_metadata
-from jax.extend.core import jaxpr_as_fun
 
 from jbn._flax import fold_shared
-from jbn._flax.fold_check import checked, relative_error
 from jbn._flax.fold_marks import Call, Marks
-from jbn._flax.fold_pairs import Pair, pairs
+from jbn._flax.fold_pairs import Pair
+from jbn._flax.fold_trace import foldable
 from jbn._flax.nested import STATS, Path, at, put
 from jbn._functions.batch_norm import BNParams, BNState
 
@@ -98,18 +97,10 @@ def fold(model: nn.Module, variables: Any, *args: Any, **call: Any) -> Folded:
             axes[name] = -2 if getattr(layer, "transpose_kernel", False) else -1
         return marks.around(call, run, args[0] if args else kwargs[first])
 
-    def run(variables, arrays):
-        args, options = join(arrays)
-        with nn.intercept_methods(watch):
-            return model.apply(variables, *args, **options)
-
-    arrays, join = fold_shared.arrays_apart(args, call)
-    owners = [_owner(_keys(path)) for path, _ in jax.tree_util.tree_leaves_with_path(plain)]
-    precise = jax.default_matmul_precision("highest")
-    # jitted modules trace anew: old traces have no marks, or others
-    with precise, set_xla_metadata(jbn_fold=str(next(_folds))):
-        closed, shapes = jax.make_jaxpr(run, return_shape=True)(plain, arrays)
-    found, left = pairs(closed, [*owners, *[None] * len(arrays)], marks)
+    def traced(variables, args, options):
+        # jitted modules trace anew: old traces have no marks, or others
+        with set_xla_metadata(jbn_fold=str(next(_folds))), nn.intercept_methods(watch):
+            return model.apply(variables, *args, **options), None
 
     @functools.lru_cache(maxsize=1)
     def folded(done: tuple[Pair, ...]):
@@ -128,20 +119,9 @@ def fold(model: nn.Module, variables: Any, *args: Any, **call: Any) -> Folded:
 
         return apply, rewritten(plain) if done else plain
 
-    def error(done: tuple[Pair, ...], drawn: list) -> float:
-        apply, others = folded(done)
-
-        @jax.jit
-        def compare(variables, others, arrays):
-            want = jaxpr_as_fun(closed)(*jax.tree.leaves((variables, arrays)))
-            args, options = join(arrays)
-            return relative_error(jax.tree.unflatten(jax.tree.structure(shapes), want), apply(others, *args, **options))
-
-        with precise:
-            return float(compare(plain, others, drawn))
-
-    done, wrong = checked(found, error, closed.jaxpr, arrays, plain)
-    return Folded(*folded(done), {pair.norm: pair.layer for pair in done}, left | wrong)
+    owners = [_owner(_keys(path)) for path, _ in jax.tree_util.tree_leaves_with_path(plain)]
+    done, left = foldable(traced, plain, owners, args, call, marks, folded)
+    return Folded(*folded(done), {pair.norm: pair.layer for pair in done}, left)
 
 
 def _runner(norms: dict[Path, Any], biased: set[Path]) -> Callable:

@@ -6,12 +6,11 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
-from jax.extend.core import jaxpr_as_fun
 
 from jbn._flax import fold_shared
-from jbn._flax.fold_check import checked, relative_error
 from jbn._flax.fold_marks import Call, Marks
-from jbn._flax.fold_pairs import Pair, pairs
+from jbn._flax.fold_pairs import Pair
+from jbn._flax.fold_trace import foldable
 from jbn._functions.batch_norm import BNParams, BNState
 
 
@@ -86,14 +85,12 @@ def fold(model: nnx.Module, *args: Any, method: str = "__call__", **call: Any) -
     graphdef, state = nnx.split(model)
     marks = Marks()
     dtypes: dict[str, Any] = {}
-    arrays, join = fold_shared.arrays_apart(args, call)
     whole = _layers(model)
     shapes = {name: (x.mean if isinstance(x, nnx.BatchNorm) else x.kernel).shape for name, x in whole.items()}
 
-    def run(state, arrays):
+    def traced(state, args, options):
         given = jax.tree.leaves(state)  # now: the twin's variables may be those of state
         twin = nnx.merge(graphdef, state)
-        args, options = join(arrays)
         for name, layer in _layers(twin).items():
             layer.fold_name = name
             object.__setattr__(layer, "__class__", _marking(type(layer), marks, shapes, dtypes))
@@ -102,28 +99,17 @@ def fold(model: nnx.Module, *args: Any, method: str = "__call__", **call: Any) -
         known = set(map(id, given))
         return y, [value for value in after if id(value) not in known]  # stored, to be read later
 
-    owners = [_owner(_keys(path)) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
-    precise = jax.default_matmul_precision("highest")
-    with precise:
-        closed, outputs = jax.make_jaxpr(run, return_shape=True)(state, arrays)
-    found, left = pairs(closed, [*owners, *[None] * len(arrays)], marks)
-    folded = functools.lru_cache(maxsize=1)(lambda done: _folded(model, done, dtypes))
+    @functools.lru_cache(maxsize=1)
+    def folded(done: tuple[Pair, ...]):
+        return _folded(model, done, dtypes)
 
-    def error(done: tuple[Pair, ...], drawn: list) -> float:
+    def apart(done: tuple[Pair, ...]):
         graphdef, others = nnx.split(folded(done))
+        return lambda others, *args, **options: getattr(nnx.merge(graphdef, others), method)(*args, **options), others
 
-        @jax.jit
-        def compare(state, others, arrays):
-            flat = jaxpr_as_fun(closed)(*jax.tree.leaves((state, arrays)))
-            want, _ = jax.tree.unflatten(jax.tree.structure(outputs), flat)
-            args, options = join(arrays)
-            return relative_error(want, getattr(nnx.merge(graphdef, others), method)(*args, **options))
-
-        with precise:
-            return float(compare(state, others, drawn))
-
-    done, wrong = checked(found, error, closed.jaxpr, arrays, state)
-    return Folded(folded(done), {pair.norm: pair.layer for pair in done}, left | wrong)
+    owners = [_owner(_keys(path)) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    done, left = foldable(traced, state, owners, args, call, marks, apart)
+    return Folded(folded(done), {pair.norm: pair.layer for pair in done}, left)
 
 
 def _folded(model: nnx.Module, done: tuple[Pair, ...], dtypes: dict[str, Any]) -> nnx.Module:

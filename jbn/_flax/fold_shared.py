@@ -1,6 +1,6 @@
 """What folding of linen and nnx models shares: which layers take a batch norm up, and what of the norm remains."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -99,17 +99,3 @@ def rest(x: jax.Array, residual: jax.Array | None, activation: str | None, dtype
     wide = compute_dtype(x.dtype)
     z = x.astype(wide) if residual is None else x.astype(wide) + residual.astype(wide)
     return (z if activation is None else ACTIVATIONS[activation].value(z)).astype(dtype)
-
-
-def arrays_apart(args: tuple, call: dict) -> tuple[list, Callable[[list], tuple[tuple, dict]]]:
-    """The arrays among the arguments, to be traced, and what puts them back beside the others."""
-    leaves, tree = jax.tree.flatten((args, call))
-    places = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
-
-    def join(arrays: list) -> tuple[tuple, dict]:
-        whole = list(leaves)
-        for place, array in zip(places, arrays, strict=True):
-            whole[place] = array
-        return jax.tree.unflatten(tree, whole)
-
-    return [leaves[place] for place in places], join

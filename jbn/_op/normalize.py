@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
 from jbn._op import pieces
 from jbn._op.merging import Statistics
@@ -58,7 +58,7 @@ def _normalize_train_jvp(plan, primals, tangents):
     (y,) = pieces.apply(plan, x, coef, terms.residual, mask)
     dy = _tangent_of_y(plan, x, coef, terms, mask, dx, moved)
     seen = _as_arrays(seen)
-    return (y, seen), (dy, jax.tree.map(jnp.zeros_like, seen))
+    return (y, seen), (dy, jax.tree.map(zero_from_primal, seen))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

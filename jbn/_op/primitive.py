@@ -1,7 +1,7 @@
 """A JAX primitive from a plain function: what each transformation means is derived from the function itself."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -94,8 +94,19 @@ def _run(function: Callable, *flat, tree, plan: Plan) -> list[Any]:
     return jax.tree.leaves(function(plan, *jax.tree.unflatten(tree, flat)))
 
 
+@cache
+def _shared(function: Callable) -> Callable:
+    """`_run` of a function that lasts, which is traced once for all operands of a kind, and in a program lowered once."""
+
+    def run(*flat, tree, plan):
+        return _run(function, *flat, tree=tree, plan=plan)
+
+    run.__name__ = run.__qualname__ = f"bn_{function.__name__}"
+    return jax.jit(run, static_argnames=("tree", "plan"))
+
+
 def _type_rule(made: _Definition, *avals, **params):
-    closed = jax.make_jaxpr(partial(_run, made.reference, **params))(*avals)
+    closed = _shared(made.reference).trace(*avals, **params).jaxpr
     return closed.out_avals, closed.effects
 
 
@@ -182,8 +193,10 @@ def _lower_as(
 
     `basis` is what the function goes by besides its operands.
     """
-    local = partial(_run, function, tree=tree, plan=plan)
-    if not ((made.combine or function is not made.reference) and _splits(ctx, plan)):
+    lasts = function in (made.reference, made.cpu)
+    local = partial(_shared(function) if lasts else partial(_run, function), tree=tree, plan=plan)
+    alone = is_own(ctx) and not is_explicit(ctx.avals_in[0].sharding)
+    if alone or not ((made.combine or function is not made.reference) and _splits(ctx, plan)):
         return mlir.lower_fun(local, multiple_results=True)(ctx, *values)
     merge = partial(made.combine, plan) if made.combine else None
     padded = partial(_run, uneven or function, tree=tree, plan=plan)

@@ -140,7 +140,7 @@ class Answers:
     """A worker that is told to begin, then answers with what it has."""
 
     def __init__(self, answer):
-        self.found = answer
+        self.found, self.stopped = answer, 0
 
     def ask(self, **request): ...
 
@@ -149,15 +149,19 @@ class Answers:
             raise self.found
         return self.found
 
-    def stop(self): ...
+    def stop(self):
+        self.stopped += 1
 
 
 def test_candidates_are_compared_with_flax(tmp_path, capsys):
     path, device = tmp_path / "found.jsonl", None
     device = side_by_side.Device(Lines(path), (), None)
     times = {"both": {"us": 2.0, "us_low": 1.0, "us_high": 3.0, "host_us": 1.0}}
-    answers = {"flax.linen": [1.0], "jbn xla": [1.0 + 1e-6], "torch": [2.0]}
-    device.workers = {n: Answers({"passes": times, "fingerprint": f, "failed": {}}) for n, f in answers.items()}
+    answers = {"flax.linen": ([1.0], 0), "jbn xla": ([1.0 + 1e-6], 0), "torch": ([2.0], 31 * 2**30)}
+    device.workers = {
+        name: Answers({"passes": times, "fingerprint": seen, "failed": {}, "held_bytes": held})
+        for name, (seen, held) in answers.items()
+    }
     device.workers["jbn triton"] = Answers(Failed("no answer within 40 s"))
     device.layer(side_by_side.TINY[0], lambda: 1.0)
     found = list(read([path]))
@@ -166,6 +170,9 @@ def test_candidates_are_compared_with_flax(tmp_path, capsys):
     ]  # fmt: skip
     assert [line["error"] for line in found if line["kind"] == "error"] == ["no answer within 40 s"]
     assert set(device.workers) == set(answers)  # who failed has no further turn
+    # what a process holds that is not given back ends with it
+    assert {name: worker.stopped for name, worker in device.workers.items()} == dict.fromkeys(answers, 0) | {"torch": 1}
+    assert [line["bytes"] for line in found if line["kind"] == "held"] == [31 * 2**30]
     shown = summary.summarise([path])
     assert "DIFFERS: torch" in shown and "1 times: jbn triton no answer within 40 s" in shown
 

@@ -1,13 +1,16 @@
 """What users see of the package: its names, and that they are there without an import of their own."""
 
 import inspect
+import pydoc
 import subprocess
 import sys
 import tomllib
 import typing
 from pathlib import Path
 
+import flax.linen as nn
 import pytest
+from flax import nnx
 
 import jbn
 import jbn.linen
@@ -35,6 +38,35 @@ def test_help_shows_signatures_one_can_read():
             kinds = [signature.return_annotation, *(p.annotation for p in signature.parameters.values())]
             assert inspect.Parameter.empty not in kinds, signature
             assert typing.get_type_hints(function)  # which are there
+
+
+@pytest.mark.parametrize("door, flax", [(jbn.linen, nn), (jbn.nnx, nnx)], ids=["linen", "nnx"])
+def test_help_shows_what_the_constructors_take(door, flax):
+    """Flax's arguments and ours by name, with their defaults, in the class and its subclasses; calls stay theirs."""
+    signature = inspect.signature(door.BatchNorm)
+    assert not any(word in str(signature) for word in ("Union", "_src", "jaxlib", "*args", "**")), signature
+    assert str(signature) in pydoc.render_doc(door.BatchNorm, renderer=pydoc.plaintext)
+    theirs = dict(list(inspect.signature(flax.BatchNorm.__init__).parameters.items())[1:])
+    ours = {"activation", "virtual_batch_size", "unbiased", "implementation", "renorm", "r_max", "d_max"}
+    assert signature.parameters.keys() == theirs.keys() | ours
+    for name, parameter in signature.parameters.items():
+        assert parameter.annotation is not parameter.empty
+        assert parameter.default is theirs[name].default if name in theirs else not parameter.default
+
+    class Narrow(door.BatchNorm):
+        pass
+
+    assert inspect.signature(Narrow) == signature
+    layer = Narrow() if flax is nn else Narrow(3, rngs=nnx.Rngs(0))
+    assert list(inspect.signature(layer).parameters)[:2] == ["x", "use_running_average"]
+
+
+def test_a_constructor_of_a_subclass_is_shown_as_it_is():
+    class Wide(jbn.nnx.BatchNorm):
+        def __init__(self, width: int, rngs: nnx.Rngs):
+            super().__init__(width, rngs=rngs)
+
+    assert list(inspect.signature(Wide).parameters) == ["width", "rngs"]
 
 
 def test_flax_is_imported_when_a_module_is_asked_for():

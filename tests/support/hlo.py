@@ -1,11 +1,15 @@
-"""What devices send each other, read from a compiled program."""
+"""What a program is made of: the operations it is lowered to, and what devices of it send each other once compiled."""
 
 import re
+from collections import Counter
 
 import numpy as np
 
 COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
 NUMBERS = 64  # bytes of a float32 vector over the channels: 4 · NUMBERS
+
+FUNCTION = re.compile(r"^  func\.func \w+ @(\S+?)\(.*?^  \}", re.DOTALL | re.MULTILINE)
+OPERATION = re.compile(r"= \"?(?:stablehlo|chlo)\.(\w+)|\bcall @([\w.]+)\(")
 
 
 def collectives(compiled) -> list[tuple[str, int]]:
@@ -15,3 +19,17 @@ def collectives(compiled) -> list[tuple[str, int]]:
         sizes = [np.prod([int(n) for n in s.split(",") if n], dtype=int) for s in re.findall(r"\[([\d,]*)\]", shapes)]
         found.append((kind, 4 * int(sum(sizes))))
     return found
+
+
+def operations(lowered) -> Counter:
+    """How often each StableHLO operation is there once every call is replaced by what it calls, as XLA does."""
+    text = lowered.as_text()
+    bodies = {match[1]: OPERATION.findall(match[0]) for match in FUNCTION.finditer(text)}
+
+    def count(name: str) -> Counter:
+        total = Counter()
+        for operation, called in bodies[name]:
+            total += count(called) if called else Counter([operation])
+        return total
+
+    return count("main")

@@ -51,6 +51,7 @@ def prepare(name: str, task: Task, count: int) -> Prepared:
         given = zip(xs, residuals, cotangents, strict=True)
         return [(y := layer(x, r), *pull(y, x, r, c, keep=False)) for x, r, c in given]
 
+    release()  # what drawing took: graphs have memory of their own
     y, dx, _, _, *dresidual = both()[0]
     x, dy, y, dx, *rest = (v.detach().float() for v in (xs[0], cotangents[0], y, dx, *dresidual))
     seen = [(y * y).mean(), (y * x).mean(), (dx * dx).mean(), (dx * dy).mean(), *((r * dy).mean() for r in rest)]
@@ -76,11 +77,13 @@ def replayed(step: Callable[[], Any]) -> Callable[[], Any]:
     return step
 
 
-def release() -> None:
-    """Gives memory that nothing uses any more back to the device."""
+def release() -> int:
+    """Gives memory that nothing uses any more back to the device; how many bytes are held after that."""
     gc.collect()
-    if DEVICE == "cuda":
-        torch.cuda.empty_cache()
+    if DEVICE == "cpu":
+        return 0
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
 
 
 def wait(_: Any) -> None:

@@ -100,14 +100,10 @@ def run(name: str, task: Task, programs: Programs, samples: int, seconds: float)
 
 
 def torch_run(name: str, task: Task, samples: int, seconds: float) -> dict[str, Any]:
-    """Times PyTorch's, and gives back what it held: its allocator keeps memory that others need."""
-    candidates = worker.candidates(name)
-    try:
-        steps, wait, seen = candidates.prepare(name, task, links(task.size))
-        return timed(steps, wait, seen, links(task.size), samples, seconds)
-    finally:
-        steps = None  # the graphs, which hold memory
-        candidates.release()
+    """Times PyTorch's."""
+    count = links(task.size)
+    steps, wait, seen = worker.candidates(name).prepare(name, task, count)
+    return timed(steps, wait, seen, count, samples, seconds)
 
 
 def timed(steps: Any, wait: Any, fingerprint: list[float], count: int, samples: int, seconds: float) -> dict[str, Any]:
@@ -142,14 +138,21 @@ def finish(_name: str, state: dict[str, Any], seconds: float) -> dict[str, Any]:
 
 
 def time(name: str, state: dict[str, Any], task: list[Any], samples: int, seconds: float) -> dict[str, Any]:
-    """A task's answer, once it is compiled; an error in it is told, and the next task may do."""
+    """A task's answer, once it is compiled; an error in it is told, and the next task may do.
+
+    PyTorch gives back what it held, as its allocator keeps memory that others need, and tells what it still holds.
+    """
     wanted = Task(*task)._replace(shape=tuple(task[1]))
+    by_torch = name.startswith("torch")
     try:
-        if name.startswith("torch"):
-            return torch_run(name, wanted, samples, seconds)
-        return run(name, wanted, state["tasks"].pop(wanted).result(), samples, seconds)
+        if by_torch:
+            answer = torch_run(name, wanted, samples, seconds)
+        else:
+            answer = run(name, wanted, state["tasks"].pop(wanted).result(), samples, seconds)
     except Exception as error:
-        return {"passes": {}, "fingerprint": [], "failed": {"all": f"{type(error).__name__}: {str(error)[:300]}"}}
+        answer = {"passes": {}, "fingerprint": [], "failed": {"all": f"{type(error).__name__}: {str(error)[:300]}"}}
+    # by now nothing is held by an error's frames
+    return answer | {"held_bytes": worker.candidates(name).release() if by_torch else 0}
 
 
 if __name__ == "__main__":

@@ -48,17 +48,20 @@ TILES = {  # of reductions: (channels, warps, elements), 64 or 128 bytes of chan
     "float32": ((16, 4, 1024), (16, 8, 2048), (32, 8, 4096)),
 }
 RESIDENT = {8: 2, 4: 4}  # programs a multiprocessor, by warps
+FEW = 2048  # rows that one program may have all of: then there is nothing to zero, nor to merge
 
 
 def grid(*unrolls: int) -> Callable[[View, str], list[Tried]]:
-    """TILES, in programs enough for RESIDENT, with each of these numbers of tiles in flight."""
+    """TILES, in programs enough for RESIDENT, or one for FEW rows, with each of these numbers of tiles in flight."""
 
     def tried(view: View, dtype: str) -> list[Tried]:
-        return [
-            Tried(cut(view, elements // channels, channels, warps, RESIDENT[warps]), (("UNROLL", n),))
-            for channels, warps, elements in TILES[dtype]
-            for n in unrolls
-        ]
+        found = []
+        for channels, warps, elements in TILES[dtype]:
+            rows = elements // channels
+            cuts = [cut(view, rows, channels, warps, RESIDENT[warps])]
+            cuts += [Tiling(rows, channels, 1, warps)] * (view.rows <= FEW)
+            found += [Tried(each, (("UNROLL", n),)) for each in cuts for n in unrolls]
+        return found
 
     return tried
 

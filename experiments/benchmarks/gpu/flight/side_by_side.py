@@ -35,6 +35,7 @@ STEPS = tuple((name, batch, named) for kinds in KINDS for batch in (128, 256) fo
 AT_ONCE = 3  # steps that compile side by side: each takes several cores
 SAMPLES, SECONDS = 3, 0.01
 PATIENCE = 40  # seconds that a candidate is given for a task
+HELD = 2 * 2**30  # bytes that PyTorch may hold between tasks; on an H100 it held 31 GiB, and others had no room
 TIMING = 0.5  # of the time for layers is for timing them
 
 
@@ -132,6 +133,9 @@ class Device:
                 self.lines("layer", **told, bytes=task.size, candidate=name, **{"pass": each}, **times, same=same)
             for each, error in answer["failed"].items():
                 self.lines("error", **told, candidate=name, **{"pass": each}, error=error)
+            if answer["held_bytes"] > HELD:
+                self.lines("held", **told, candidate=name, bytes=answer["held_bytes"])
+                self.workers[name].stop()  # only its end gives that back; its next task starts another process
         shown = [f"{name} {answer['passes'].get('both', {}).get('us', 0):.1f}" for name, answer in found.items()]
         print(f"{task.case:16} {task.fused:10} both/us:", *shown, flush=True)
 

@@ -1,0 +1,60 @@
+"""CPU seconds that JAX spends on making programs: tracing, lowering and compiling them."""
+
+import contextlib
+import resource
+import threading
+import time
+from collections.abc import Iterator
+
+import jax
+
+PREFIX = "/jax/core/compile/"  # of what jax.monitoring tells of programs being made: as each begins, and as it ends
+
+
+class Compiling:
+    """Counts from `watching` on, over all threads: `seconds` of CPU while any program was being made."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.open = 0  # one program is often traced inside another: the outermost alone is counted
+        self.since = 0.0
+        self.lock = threading.Lock()
+
+    def begins(self, event: str, _: float, **__: str | int) -> None:
+        if event.startswith(PREFIX):
+            with self.lock:
+                if self.open == 0:
+                    self.since = time.process_time()
+                self.open += 1
+
+    def ends(self, event: str, _: float, __: float, **___: str | int) -> None:
+        if event.startswith(PREFIX) and self.open:
+            with self.lock:
+                self.open -= 1
+                if self.open == 0:
+                    self.seconds += time.process_time() - self.since
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[Compiling]:
+    """Counts within the block."""
+    found = Compiling()
+    jax.monitoring.register_scalar_listener(found.begins)
+    jax.monitoring.register_event_time_span_listener(found.ends)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_scalar_listener(found.begins)
+        jax.monitoring.unregister_event_time_span_listener(found.ends)
+
+
+def cpu_seconds() -> float:
+    """Of this process since it began, imports included, and of those it started that have ended."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+def told(found: Compiling) -> str:
+    """A line on what this process has taken."""
+    total = cpu_seconds()
+    return f"took {total:.1f} s of CPU, {total - found.seconds:.1f} s of it beyond compiling"
