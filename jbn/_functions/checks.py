@@ -154,12 +154,14 @@ def check_between(name: str, value, low: float, high: float):
             raise TypeError(f"{name} has dtype {value.dtype}, expected a real scalar: cast it")
         return value
     try:
+        if isinstance(value, str | bytes):
+            raise TypeError  # which float() would read
         number = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} is {value!r}, expected a real number {bounds}: give one, or a float scalar") from None
     if not low <= number <= high:
         raise ValueError(f"{name} is {value}, expected a number {bounds}: give one")
-    return value
+    return value if isinstance(value, float | int) or hasattr(value, "dtype") else number
 
 
 def check_names(axis_name, groups) -> Sync:
