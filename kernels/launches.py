@@ -47,6 +47,7 @@ class Problem(NamedTuple):
     bias: bool = True
     residual: bool = False
     activation: str | None = None
+    negative_slope: float = 0.01  # of leaky_relu
     mask: Mask | None = None
     weight: bool = False  # sums are divided by data, not by the count
     centred: bool = True  # the statistics are x's own
@@ -91,7 +92,7 @@ def apply(problem: Problem, dtype: str, processors: int, tiling: Tiling | None =
         HAS_SCALE=problem.scale,
         HAS_BIAS=problem.bias,
         HAS_RESIDUAL=problem.residual,
-        ACTIVATION=problem.activation or "none",
+        **_activation(problem),
     )
     outputs = (Output(tuple(view), dtype),)
     return Launch(jbn_apply, tiling, tiling.programs(view), resident, numbers, outputs, constants)
@@ -183,9 +184,13 @@ def _derivative(problem: Problem) -> dict[str, Any]:
         HAS_SCALE=problem.scale and recomputed,
         HAS_BIAS=problem.bias and recomputed,
         HAS_RESIDUAL=problem.residual and recomputed,
-        ACTIVATION=problem.activation or "none",
+        **_activation(problem),
         **_masking(problem.mask),
     )
+
+
+def _activation(problem: Problem) -> dict[str, Any]:
+    return dict(ACTIVATION=problem.activation or "none", NEGATIVE_SLOPE=problem.negative_slope)
 
 
 def _masking(mask: Mask | None) -> dict[str, Any]:
