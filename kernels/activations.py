@@ -1,6 +1,6 @@
 """The activations and their derivatives, on the value before them; the constexpr KIND names one, or is "none".
 
-The same as in `jbn/_op/activations.py`, where it says how far out they hold. `tl.where` bounds values, as it keeps NaN.
+The same as in `jbn/_op/activations.py`, of exp alone and without branches. `tl.where` bounds values, as it keeps NaN.
 """
 
 import triton
@@ -85,7 +85,7 @@ def gate_of(z, KIND: tl.constexpr):
         u = tl.exp(-tl.abs(by))
         above = 1 / (1 + u)
         gate = tl.where(by < 0, u * above, above)  # sigmoid(by)
-        slope = u * above * above * GELU_SLOPE * (1 + 3 * (z * z * GELU_CUBE))  # nothing that far out would cancel
+        slope = u * above * above * GELU_SLOPE * (1 + 3 * (z * z * GELU_CUBE))  # not 1 − gate, which cancels
     elif KIND == "gelu_exact":
         density = tl.exp(-0.5 * z * z) * DENSITY
         gate, slope = normal_cdf(z, density), density

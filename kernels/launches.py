@@ -106,7 +106,7 @@ def gradient_sums(problem: Problem, kept: str | None, processors: int, tiling: T
     """
     view = problem.view
     if problem.activation in LONG and (problem.residual or problem.mask is not None or view.inner > 1):
-        resident, elements, unroll = 2, 4096 // ITEMSIZE[problem.dtype], 1  # an access of a thread
+        resident, elements, unroll = 2, 4096 // ITEMSIZE[problem.dtype], 1  # one access a thread, of each tensor
     elif problem.residual and problem.activation:
         # a whole tile spills on sm_80
         resident, elements, unroll = 2, 2048, 2 if problem.dtype == "float32" else 1
