@@ -34,10 +34,10 @@ COLORS = dict(zip(TARGETS, (SKY, BLUE, GREEN, ORANGE), strict=True))
 VECTORS = ("float32",) * 5
 
 
-def representative(view: View, dtype: str) -> dict[str, tuple[Launch, tuple[str, ...]]]:
-    """Launches, with their input dtypes."""
+def representative(view: View, dtype: str, activation: str = "silu") -> dict[str, tuple[Launch, tuple[str, ...]]]:
+    """Launches, with their input dtypes; `activation` is that of those with a residual."""
     plain = Problem(view, dtype, view.rows)
-    fused = plain._replace(residual=True, activation="silu")
+    fused = plain._replace(residual=True, activation=activation)
     full, of_rows = Mask("full"), Mask("rows", period=view.rows)
     sums = (dtype, *VECTORS, dtype, "bool", dtype)
     moved = (dtype, *VECTORS, "float32", dtype, "bool", dtype, "float32", "float32")
@@ -46,14 +46,14 @@ def representative(view: View, dtype: str) -> dict[str, tuple[Launch, tuple[str,
         "moments, full mask": (launches.moments(plain._replace(mask=full), PROCESSORS), (dtype, "bool")),
         "moments, mask of rows": (launches.moments(plain._replace(mask=of_rows), PROCESSORS), (dtype, "bool")),
         "apply": (launches.apply(plain, dtype, PROCESSORS), (dtype, *VECTORS, dtype)),
-        "apply, residual, silu": (launches.apply(fused, dtype, PROCESSORS), (dtype, *VECTORS, dtype)),
+        f"apply, residual, {activation}": (launches.apply(fused, dtype, PROCESSORS), (dtype, *VECTORS, dtype)),
         "sums": (launches.gradient_sums(plain, None, PROCESSORS), sums),
         "sums, relu": (launches.gradient_sums(plain._replace(activation="relu"), None, PROCESSORS), sums),
-        "sums, residual, silu": (launches.gradient_sums(fused, dtype, PROCESSORS), sums),
+        f"sums, residual, {activation}": (launches.gradient_sums(fused, dtype, PROCESSORS), sums),
         "sums, mask of rows": (launches.gradient_sums(plain._replace(mask=of_rows), None, PROCESSORS), sums),
         "input": (launches.gradient_input(plain, dtype, None, PROCESSORS), moved),
         "input, relu": (launches.gradient_input(plain._replace(activation="relu"), dtype, None, PROCESSORS), moved),
-        "input, mask, residual, silu": (
+        f"input, mask, residual, {activation}": (
             launches.gradient_input(fused._replace(mask=full, weight=True), dtype, dtype, PROCESSORS),
             moved,
         ),

@@ -64,6 +64,16 @@ def test_every_binary(target, layout, dtype):
         check(*row)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_longest_activations(target):
+    for layout, name, activation in (
+        ("last", "sums, residual, gelu", "gelu"),
+        ("unaligned", "input, mask, residual, gelu_exact", "gelu_exact"),
+    ):
+        launch, arrays = representative(VIEWS[layout], "float32", activation)[name]
+        check(layout, "float32", name, launch, binaries.compile_launch(launch, arrays, target))
+
+
 @pytest.mark.parametrize("view", [View(1, 2**22, 1024, 1), View(1, 2**10, 1024, 2**12)], ids=["last", "first"])
 def test_beyond_32_bits(view):
     """x of 2³² elements: offsets have 64 bits, and what is checked above holds."""
