@@ -5,6 +5,7 @@ import math
 import re
 from pathlib import Path
 
+from experiments.benchmarks import memory
 from experiments.framework import report
 
 ROOT = Path(__file__).parents[2]
@@ -134,3 +135,43 @@ def test_kernels_on_a_gpu():
     checks, repeats = lines("flight3", "check"), lines("flight3", "repeat")
     assert all(check["ok"] for check in checks) and not any(repeat["differing"] for repeat in repeats)
     assert f"on all kernels ({len(checks)}\nlaunches). {len(repeats)} launches, 100 times each" in KERNELS
+
+
+def test_memory():
+    rows = results("memory")["rows"]
+    pages = {name: (ROOT / name / "README.md").read_text(encoding="utf-8") for name in (".", "jbn")}
+    networks = {row["network"]: {} for row in rows}
+    for row in rows:
+        networks[row["network"]][row["candidate"]] = row
+    ratios = {name: [] for name in ("plan", "planned", "fused", "policy", "InPlace-ABN", "over InPlace-ABN")}
+    for network, of in networks.items():
+        flax, ours, fused, policy, torch, in_place = of.values()
+        saved = [memory.gib(row["saved_bytes"]) for row in of.values()]
+        for name, row in of.items():
+            cells = (memory.gib(row[f"{kind}_bytes"]) for kind in ("saved", "planned", "peak"))
+            assert f"| {name} | {' | '.join(cells)} |" in EXPERIMENTS
+        batch, size, *_ = results("memory")["configuration"]["images"][network]
+        assert f"| {network}, {batch}×{size}² | {' | '.join(saved)} |" in pages["."]
+        assert f"| {network} | {saved[4]} | {saved[5]} | {saved[2]} | {saved[3]} |" in pages["jbn"]
+        ratios["plan"].append(ours["planned_bytes"] / flax["planned_bytes"])
+        ratios["planned"].append(policy["planned_bytes"] / fused["planned_bytes"])
+        ratios["fused"].append(fused["saved_bytes"] / torch["saved_bytes"])
+        ratios["policy"].append(policy["saved_bytes"] / fused["saved_bytes"])
+        ratios["InPlace-ABN"].append(100 - 100 * in_place["saved_bytes"] / torch["saved_bytes"])
+        ratios["over InPlace-ABN"].append(policy["saved_bytes"] / in_place["saved_bytes"])
+    shown = {name: f"{min(each):.2f} to {max(each):.2f}×" for name, each in ratios.items()}
+    assert (
+        f"for a CPU: jbn {shown['plan']} of Flax's. The policy\n  shows no gain there ({shown['planned']})"
+        in EXPERIMENTS
+    )
+    assert f"keeps what PyTorch does, {shown['fused']} of it" in EXPERIMENTS
+    assert f"the inputs alone:\n  {shown['policy']} of fused" in EXPERIMENTS
+    percent = f"{min(ratios['InPlace-ABN']):.0f} to {max(ratios['InPlace-ABN']):.0f} %"
+    assert (
+        f"InPlace-ABN saves {percent} of\n" in EXPERIMENTS
+        and f"keeps {shown['over InPlace-ABN']} of what" in EXPERIMENTS
+    )
+    flax, kernels, saving = lines("flight2", "step")
+    assert f"to {saving['peak_bytes'] / kernels['peak_bytes']:.2f}×, as parameters" in EXPERIMENTS
+    ms = f"{saving['us'] / 1e3:.1f} ms\n  with the policy and {kernels['us'] / 1e3:.1f} without"
+    assert ms in pages["jbn"] and f"so {100 - 100 * kernels['us'] / saving['us']:.0f} % of the step" in pages["jbn"]
