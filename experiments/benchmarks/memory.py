@@ -171,7 +171,8 @@ def on_paper(network: Callable[..., Any], *arguments: Any) -> int:
 def beside_arguments(jaxpr: Jaxpr, values: list[Any]) -> int:
     """Bytes of these values, each once, without the jaxpr's own arguments."""
     found = {value for value in values if isinstance(value, Var)} - {*jaxpr.invars}
-    return sum(value.aval.size * value.aval.dtype.itemsize for value in found)
+    shapes: list[Any] = [value.aval for value in found]
+    return sum(shape.size * shape.dtype.itemsize for shape in shapes)
 
 
 def planned_bytes(network: Callable[..., Any], params: Any, stats: Any, images: Any) -> int:
@@ -184,7 +185,8 @@ def planned_bytes(network: Callable[..., Any], params: Any, stats: Any, images: 
     logits, _ = jax.eval_shape(network, params, stats, images)
     labels = jax.ShapeDtypeStruct(logits.shape[:-1], jnp.int32)
     step = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    return step.lower(params, stats, images, labels).compile().memory_analysis().temp_size_in_bytes
+    plan: Any = step.lower(params, stats, images, labels).compile().memory_analysis()
+    return plan.temp_size_in_bytes
 
 
 def peak_bytes(network: str, candidate: Candidate, batch: int) -> int | None:
@@ -223,8 +225,8 @@ def gib(size: int | None) -> str:
     """Bytes in GiB, to three digits."""
     if size is None:
         return "–"
-    size = size / 2**30
-    return f"{size:.{max(0, 2 - math.floor(math.log10(size)))}f}"
+    digits = max(0, 2 - math.floor(math.log10(size / 2**30)))
+    return f"{size / 2**30:.{digits}f}"
 
 
 def found(results: Results) -> list[str]:
