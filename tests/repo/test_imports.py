@@ -66,11 +66,12 @@ INTERNAL = {  # what JAX and Flax do not promise, though an underscore is missin
     *("cond_nconsts", "body_nconsts", "cond_jaxpr", "body_jaxpr"),
 }
 FLIGHT = "experiments.benchmarks.gpu.flight"  # launches them itself
+BINARIES = {"experiments.benchmarks.binaries", "experiments.benchmarks.in_flight"}
 ONLY_THESE = {  # package: who may import it
     "flax": FLAX,
     "jax_triton": {"jbn._op.jax_triton"},
     "jbn._op.jax_triton": {"jbn._op.triton"},
-    "jbn.kernels": {"jbn._op.triton", "jbn.kernels", "experiments.benchmarks.binaries", FLIGHT},
+    "jbn.kernels": {"jbn._op.triton", "jbn.kernels", *BINARIES, FLIGHT},
     "triton": {"jbn._op.triton", "jbn.kernels", FLIGHT},
     "jax._src": {INTERNALS},
     "optax": {"experiments"},
