@@ -47,10 +47,10 @@ class Problem(NamedTuple):
     bias: bool = True
     residual: bool = False
     activation: str | None = None
-    negative_slope: float = 0.01  # of leaky_relu
     mask: Mask | None = None
     weight: bool = False  # sums are divided by data, not by the count
     centred: bool = True  # the statistics are x's own
+    negative_slope: float = 0.01  # of leaky_relu
 
 
 ABSENT = Output((1,), "float32")

@@ -138,11 +138,11 @@ def bn_train(
 
     Source: Ioffe, Szegedy (2015), Batch Normalization, algorithm 1 (https://arxiv.org/abs/1502.03167).
     """
-    activation, outside = checks.check_activation(activation, negative_slope)
-    plan, x, terms = _prepare(params, state, x, axis, epsilon, residual, activation, dtype, implementation)
+    inside, outside = checks.check_activation(activation, negative_slope)
+    plan, x, terms = _prepare(params, state, x, axis, epsilon, residual, inside, dtype, implementation)
     plan = plan._replace(centred=True)
     mask = checks.check_mask(mask, x)
-    plan = plan._replace(options=Options.of(activation, terms.residual, mask))
+    plan = plan._replace(options=Options.of(inside, terms.residual, mask))
     momentum = checks.check_between("momentum", momentum, 0, 1)
     sync = checks.check_names(axis_name, axis_index_groups)
     virtual = check_virtual(virtual_batch_size, x, plan.channel, sync)
@@ -182,8 +182,8 @@ def bn_eval(
 
     Source: Ioffe, Szegedy (2015), Batch Normalization, algorithm 2 (https://arxiv.org/abs/1502.03167).
     """
-    activation, outside = checks.check_activation(activation, negative_slope)
-    plan, x, terms = _prepare(params, state, x, axis, epsilon, residual, activation, dtype, implementation)
+    inside, outside = checks.check_activation(activation, negative_slope)
+    plan, x, terms = _prepare(params, state, x, axis, epsilon, residual, inside, dtype, implementation)
     return called(outside, normalize_eval(plan, x, terms, _running(plan, state, x)))
 
 
