@@ -14,7 +14,7 @@ from jax import lax
 from jbn._op import xla
 from jbn._op.plan import Coefficients, Plan, compute_dtype, row_count
 
-LITTLE = 2**14  # elements of a batch that are reduced as they are
+LITTLE = 2**15  # elements of a batch that are reduced as they are: more loops cost more than they save
 # The axes before the channels are cut into equal parts, of the first number here that divides them. A loop over more
 # parts is not unrolled; of fewer, each is longer, and within a part rows are summed the slow way.
 PARTS = (*range(8, 15), 7, 6, 5, 4)  # with an activation's derivative in the loop

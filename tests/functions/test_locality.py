@@ -36,7 +36,7 @@ CASES = {
     "virtual": (train, Case((48, 6), virtual_batch_size=24)),
     "channels first": (train, Case((2, 6, 24), 1, activation="leaky_relu")),
 }
-LARGE = {"train": (train, Case((520, 32))), "eval": (evaluate, Case((520, 32)))}
+LARGE = {"train": (train, Case((1040, 32))), "eval": (evaluate, Case((1040, 32)))}
 
 
 @pytest.fixture(scope="module", params=["xla", "cut", "kernels"])

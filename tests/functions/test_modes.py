@@ -23,7 +23,7 @@ import jbn.nnx
 from jbn._functions.moments import population_state
 from jbn._op import xla_cpu
 
-LITTLE, LARGE = (12, 4), (528, 32)
+LITTLE, LARGE = (12, 4), (1040, 32)
 
 
 def draw(shape):

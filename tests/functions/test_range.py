@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("strict")
 UNITS = [2.0**60, 2.0**-51]  # standard deviations 2.3e18 and 8.9e-16
 
 CASES = {
-    "cut into parts": Case((520, 32)),
+    "cut into parts": Case((1040, 32)),
     "little": Case((160, 3)),
     "channels first": Case((8, 3, 16), 1, residual=True, activation="silu"),
     "mask": Case((160, 3), mask=(0, 1), dead=True, residual=True, activation="relu"),
