@@ -7,6 +7,10 @@
 | epsilon | 1e-5 | 1e-5 (`eps`) | 1e-3 |
 | stored variance | Σ(x − mean)² / n | Σ(x − mean)² / (n − 1) | Σ(x − mean)² / n |
 
+PyTorch's activations by our names: ReLU "relu", ReLU6 "relu6", LeakyReLU "leaky_relu" with its negative_slope, SiLU
+"silu", Hardswish "hard_swish", Mish "mish", GELU "gelu_exact", with approximate="tanh" "gelu", ELU "elu", Sigmoid
+"sigmoid", Tanh "tanh".
+
 The running variance is a value like any other, and is converted as it is: n is not in a checkpoint. What differs is
 how it moves on, which `unbiased` says to `bn_train`.
 """

@@ -15,6 +15,7 @@ Usage:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -56,7 +57,10 @@ class BatchNorm(nn.BatchNorm):
     Every attribute of `flax.linen.BatchNorm`, in its order and with its default, then:
 
     Attributes:
-      activation: None, `"relu"`, `"relu6"`, `"leaky_relu"`, `"silu"` or `"hard_swish"`, applied last.
+      activation: None, or what is applied last: `"relu"`, `"relu6"`, `"leaky_relu"`, `"silu"`, `"hard_swish"`,
+        `"gelu"` (by tanh, Flax's default), `"gelu_exact"`, `"mish"`, `"elu"`, `"sigmoid"`, `"tanh"`; or a function,
+        which is called on the output (see `jbn.bn_train`).
+      negative_slope: of `"leaky_relu"` below 0.
       virtual_batch_size: k normalizes each run of k examples with its own statistics (ghost batch norm);
         `batch_stats` sees the whole batch.
       unbiased: store the variance times n / max(n − 1, 1) in `batch_stats`, as PyTorch does.
@@ -81,7 +85,8 @@ class BatchNorm(nn.BatchNorm):
     Internal Covariate Shift", https://arxiv.org/abs/1502.03167, algorithm 1.
     """
 
-    activation: str | None = None
+    activation: str | Callable[[jax.Array], jax.Array] | None = None
+    negative_slope: float = 0.01
     virtual_batch_size: int | None = None
     unbiased: bool = False
     implementation: str | None = None

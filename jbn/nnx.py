@@ -18,6 +18,7 @@ Usage:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -55,7 +56,10 @@ class BatchNorm(nnx.BatchNorm):
 
     Args:
       num_features: C.
-      activation: None, `"relu"`, `"relu6"`, `"leaky_relu"`, `"silu"` or `"hard_swish"`, applied last.
+      activation: None, or what is applied last: `"relu"`, `"relu6"`, `"leaky_relu"`, `"silu"`, `"hard_swish"`,
+        `"gelu"` (by tanh, Flax's default), `"gelu_exact"`, `"mish"`, `"elu"`, `"sigmoid"`, `"tanh"`; or a function,
+        which is called on the output (see `jbn.bn_train`).
+      negative_slope: of `"leaky_relu"` below 0.
       virtual_batch_size: k normalizes each run of k examples with its own statistics (ghost batch norm);
         `mean` and `var` see the whole batch.
       unbiased: store the variance times n / max(n − 1, 1) in `var`, as PyTorch does.
@@ -87,7 +91,8 @@ class BatchNorm(nnx.BatchNorm):
         self,
         num_features: int,
         *,
-        activation: str | None = None,
+        activation: str | Callable[[jax.Array], jax.Array] | None = None,
+        negative_slope: float = 0.01,
         virtual_batch_size: int | None = None,
         unbiased: bool = False,
         implementation: str | None = None,
@@ -98,6 +103,7 @@ class BatchNorm(nnx.BatchNorm):
     ):
         super().__init__(num_features, **flax)
         self.activation = activation
+        self.negative_slope = negative_slope
         self.virtual_batch_size = virtual_batch_size
         self.unbiased = unbiased
         self.implementation = implementation

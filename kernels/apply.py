@@ -28,6 +28,7 @@ def jbn_apply(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    NEGATIVE_SLOPE: tl.constexpr,  # of leaky_relu
     WIDE: tl.constexpr,
 ):
     """y = activation(scale · (x − mean) / √(var + epsilon) + bias + residual).
@@ -48,5 +49,5 @@ def jbn_apply(
         z = (x - along_channels(mean, S)) * along_channels(slope, S) + along_channels(bias, S)
         if HAS_RESIDUAL:
             z += load(residual_ptr + start, offset, inside)
-        y = activate(z, ACTIVATION)
+        y = activate(z, ACTIVATION, NEGATIVE_SLOPE)
         tl.store(y_ptr + start + offset, y.to(y_ptr.dtype.element_ty), mask=inside, eviction_policy="evict_first")

@@ -23,7 +23,7 @@ from jbn.kernels.activations import through
 def load_cotangent(
     tile, x_ptr, residual_ptr, mask_ptr, dy_ptr, mean, slope, bias, channel, rows, C, mask_divisor, mask_period,
     S: tl.constexpr, ROWS: tl.constexpr, CENTRED: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    ACTIVATION: tl.constexpr, MASK: tl.constexpr,
+    ACTIVATION: tl.constexpr, NEGATIVE_SLOPE: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """(z̄, x − mean, offsets, what is inside, what the mask has) of a tile; pointers are at the batch.
 
@@ -50,7 +50,7 @@ def load_cotangent(
             if MASK != "none":
                 residual = tl.where(seen | is_finite(residual), residual, 0.0)
             z += residual
-        dz = through(dz, z, ACTIVATION)
+        dz = through(dz, z, ACTIVATION, NEGATIVE_SLOPE)
     return dz, centred, offset, inside, seen
 
 
@@ -86,6 +86,7 @@ def jbn_gradient_sums(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    NEGATIVE_SLOPE: tl.constexpr,  # of leaky_relu
     MASK: tl.constexpr,  # "none", "full" or "rows"
     SHARED: tl.constexpr,  # whether all batches have one mask
     KEEP: tl.constexpr,  # whether z̄ is written, for the second launch and as the residual's cotangent
@@ -108,7 +109,7 @@ def jbn_gradient_sums(
     for step in tl.range(steps, loop_unroll_factor=UNROLL):
         dz, centred, offset, inside, _seen = load_cotangent(
             split + step * splits, x_ptr + start, residual_ptr + start, mask_ptr, dy_ptr + start, mean, slope, bias,
-            channel, rows, C, mask_divisor, mask_period, S, ROWS, True, HAS_RESIDUAL, ACTIVATION, MASK,
+            channel, rows, C, mask_divisor, mask_period, S, ROWS, True, HAS_RESIDUAL, ACTIVATION, NEGATIVE_SLOPE, MASK,
         )  # fmt: skip
         if KEEP:
             tl.store(dz_ptr + start + offset, dz.to(dz_ptr.dtype.element_ty), mask=inside)
@@ -184,6 +185,7 @@ def jbn_gradient_input(
     HAS_WEIGHT: tl.constexpr,  # sums are divided by data, instead of by `count`
     HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    NEGATIVE_SLOPE: tl.constexpr,  # of leaky_relu
     MASK: tl.constexpr,  # "none", "full" or "rows"
     SHARED: tl.constexpr,  # whether all batches have one mask
     KEEP: tl.constexpr,  # whether z̄ is written
@@ -211,7 +213,7 @@ def jbn_gradient_input(
         dx, centred, offset, inside, seen = load_cotangent(
             split + (steps - 1 - step) * splits, x_ptr + start, residual_ptr + start, mask_ptr, dy_ptr + start,
             mean, slope, bias, channel, rows, C, mask_divisor, mask_period,
-            S, ROWS, CENTRED, HAS_RESIDUAL, ACTIVATION, MASK,
+            S, ROWS, CENTRED, HAS_RESIDUAL, ACTIVATION, NEGATIVE_SLOPE, MASK,
         )  # fmt: skip
         if KEEP:
             tl.store(dz_ptr + start + offset, dx.to(dz_ptr.dtype.element_ty), mask=inside)

@@ -47,6 +47,7 @@ class Problem(NamedTuple):
     bias: bool = True
     residual: bool = False
     activation: str | None = None
+    negative_slope: float = 0.01  # of leaky_relu
     mask: Mask | None = None
     weight: bool = False  # sums are divided by data, not by the count
     centred: bool = True  # the statistics are x's own
@@ -54,6 +55,7 @@ class Problem(NamedTuple):
 
 ABSENT = Output((1,), "float32")
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
+LONG = ("gelu", "gelu_exact", "mish", "elu", "tanh")  # activations whose derivatives take registers of their own
 
 
 def moments(problem: Problem, processors: int, tiling: Tiling | None = None) -> Launch:
@@ -91,7 +93,7 @@ def apply(problem: Problem, dtype: str, processors: int, tiling: Tiling | None =
         HAS_SCALE=problem.scale,
         HAS_BIAS=problem.bias,
         HAS_RESIDUAL=problem.residual,
-        ACTIVATION=problem.activation or "none",
+        **_activation(problem),
     )
     outputs = (Output(tuple(view), dtype),)
     return Launch(jbn_apply, tiling, tiling.programs(view), resident, numbers, outputs, constants)
@@ -103,7 +105,9 @@ def gradient_sums(problem: Problem, kept: str | None, processors: int, tiling: T
     Outputs: Σz̄, Σz̄x̂, z̄ (of the dtype `kept`, if any), scratch, scratch.
     """
     view = problem.view
-    if problem.residual and problem.activation:
+    if problem.activation in LONG and (problem.residual or problem.mask is not None or view.inner > 1):
+        resident, elements, unroll = 2, 4096 // ITEMSIZE[problem.dtype], 1  # one access a thread, of each tensor
+    elif problem.residual and problem.activation:
         # a whole tile spills on sm_80
         resident, elements, unroll = 2, 2048, 2 if problem.dtype == "float32" else 1
     elif problem.mask is None and view.inner == 1:
@@ -133,8 +137,10 @@ def gradient_input(
     if view.inner == 1 and problem.mask is None:
         resident, tiling = 4, tiling or stream(view, ITEMSIZE[problem.dtype])
     else:
-        resident = 2 if problem.residual and problem.activation else 3
-        tiling = tiling or _tiling(problem, processors, 2048, resident)
+        long = problem.activation in LONG
+        resident = 2 if long or (problem.residual and problem.activation) else 3
+        elements = 4096 // ITEMSIZE[problem.dtype] if long else 2048
+        tiling = tiling or _tiling(problem, processors, elements, resident)
     numbers = (float(problem.count), *_numbers(view, tiling), *_mask_numbers(problem.mask))
     outputs = (Output(tuple(view), dtype), Output(tuple(view), kept) if kept else ABSENT)
     constants = _constants(view, tiling) | _derivative(problem)
@@ -183,9 +189,13 @@ def _derivative(problem: Problem) -> dict[str, Any]:
         HAS_SCALE=problem.scale and recomputed,
         HAS_BIAS=problem.bias and recomputed,
         HAS_RESIDUAL=problem.residual and recomputed,
-        ACTIVATION=problem.activation or "none",
+        **_activation(problem),
         **_masking(problem.mask),
     )
+
+
+def _activation(problem: Problem) -> dict[str, Any]:
+    return dict(ACTIVATION=problem.activation or "none", NEGATIVE_SLOPE=problem.negative_slope)
 
 
 def _masking(mask: Mask | None) -> dict[str, Any]:

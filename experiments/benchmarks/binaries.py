@@ -4,6 +4,10 @@ Every kernel, as it is launched for three representative layouts, is compiled ah
 architectures and one of AMD's; registers, spills, shared memory and the width of each access to global memory are
 read from the binary. The layouts are ResNet's: channels last (32×56×56×256), channels first (32×64×56×56), and
 channels first with 7×7 positions, where no row of a channel starts at a multiple of 16 bytes.
+
+Beside them, for NVIDIA's, a model of what the loads allow (`in_flight.py`): bytes that a multiprocessor asks for at
+once, and the bandwidth that these allow an H100 at 800 ns a load; and, where an H100 measured the same launch, its
+bandwidth over that of a copy of x.
 """
 
 import importlib.metadata
@@ -15,14 +19,25 @@ from experiments.framework.record import Options, Results, progress, require
 
 require("triton")
 
-from jbn.kernels import launches  # noqa: E402  (Triton is asked for first, so that its absence gets a remedy)
+# Triton is asked for first, so that its absence gets a remedy
+from experiments.benchmarks.in_flight import PROCESSORS, REGISTERS, in_flight, measured  # noqa: E402
+from jbn.kernels import launches  # noqa: E402
 from jbn.kernels.binaries import TARGETS, compile_launch  # noqa: E402
 from jbn.kernels.launches import Launch, Mask, Problem  # noqa: E402
 from jbn.kernels.tiling import View  # noqa: E402
 
-PROCESSORS = 132  # multiprocessors of an H100, which the choice of tiles asks for
 MOST_REGISTERS = 255  # of a thread, on NVIDIA's
-REGISTERS, THREADS = 65536, 2048  # of a multiprocessor
+THREADS = 2048  # of a multiprocessor
+ITEMSIZE = {"bfloat16": 2, "float32": 4}
+# Launches that were measured too, and what they are called there.
+MEASURED = {
+    "moments": ("moments", "alone"),
+    "apply": ("apply", "alone"),
+    "sums": ("sums", "alone"),
+    "sums, relu": ("sums", "relu"),
+    "input": ("input", "alone"),
+    "input, relu": ("input", "relu"),
+}
 VIEWS = {
     "last": View(1, 32 * 56 * 56, 256, 1),
     "first": View(1, 32, 64, 56 * 56),
@@ -34,10 +49,10 @@ COLORS = dict(zip(TARGETS, (SKY, BLUE, GREEN, ORANGE), strict=True))
 VECTORS = ("float32",) * 5
 
 
-def representative(view: View, dtype: str) -> dict[str, tuple[Launch, tuple[str, ...]]]:
-    """Launches, with their input dtypes."""
+def representative(view: View, dtype: str, activation: str = "silu") -> dict[str, tuple[Launch, tuple[str, ...]]]:
+    """Launches, with their input dtypes; `activation` is that of those with a residual."""
     plain = Problem(view, dtype, view.rows)
-    fused = plain._replace(residual=True, activation="silu")
+    fused = plain._replace(residual=True, activation=activation)
     full, of_rows = Mask("full"), Mask("rows", period=view.rows)
     sums = (dtype, *VECTORS, dtype, "bool", dtype)
     moved = (dtype, *VECTORS, "float32", dtype, "bool", dtype, "float32", "float32")
@@ -46,14 +61,14 @@ def representative(view: View, dtype: str) -> dict[str, tuple[Launch, tuple[str,
         "moments, full mask": (launches.moments(plain._replace(mask=full), PROCESSORS), (dtype, "bool")),
         "moments, mask of rows": (launches.moments(plain._replace(mask=of_rows), PROCESSORS), (dtype, "bool")),
         "apply": (launches.apply(plain, dtype, PROCESSORS), (dtype, *VECTORS, dtype)),
-        "apply, residual, silu": (launches.apply(fused, dtype, PROCESSORS), (dtype, *VECTORS, dtype)),
+        f"apply, residual, {activation}": (launches.apply(fused, dtype, PROCESSORS), (dtype, *VECTORS, dtype)),
         "sums": (launches.gradient_sums(plain, None, PROCESSORS), sums),
         "sums, relu": (launches.gradient_sums(plain._replace(activation="relu"), None, PROCESSORS), sums),
-        "sums, residual, silu": (launches.gradient_sums(fused, dtype, PROCESSORS), sums),
+        f"sums, residual, {activation}": (launches.gradient_sums(fused, dtype, PROCESSORS), sums),
         "sums, mask of rows": (launches.gradient_sums(plain._replace(mask=of_rows), None, PROCESSORS), sums),
         "input": (launches.gradient_input(plain, dtype, None, PROCESSORS), moved),
         "input, relu": (launches.gradient_input(plain._replace(activation="relu"), dtype, None, PROCESSORS), moved),
-        "input, mask, residual, silu": (
+        f"input, mask, residual, {activation}": (
             launches.gradient_input(fused._replace(mask=full, weight=True), dtype, dtype, PROCESSORS),
             moved,
         ),
@@ -89,7 +104,11 @@ def run(options: Options, results: Results) -> None:
     with progress(count) as step:
         for layout, dtype, name, launch, binary in compiled(targets, views, dtypes):
             step(f"{binary.target}, channels {layout}, {dtype}, {name}")
-            threads = 32 * launch.tiling.warps
+            view, threads = VIEWS[layout], 32 * launch.tiling.warps
+            nvidia, h100 = binary.target.startswith("sm_"), binary.target == "sm_90"
+            flying = in_flight(launch, binary, view, ITEMSIZE[dtype]) if nvidia else None
+            case = (*MEASURED.get(name, ("", "")), view.rows, view.channels, dtype)
+            share = measured().get(case) if h100 and layout == "last" else None
             by_registers = REGISTERS // (-(-binary.registers // 8) * 8 * threads)  # allotted in steps of 8 a thread
             results.rows.append(
                 {
@@ -105,7 +124,11 @@ def run(options: Options, results: Results) -> None:
                     "loads_bytes": widths(binary.loads),
                     "stores_bytes": widths(binary.stores),
                     # AMD's registers are allotted otherwise
-                    "occupancy": min(by_registers * threads / THREADS, 1) if binary.target.startswith("sm_") else None,
+                    "occupancy": min(by_registers * threads / THREADS, 1) if nvidia else None,
+                    "resident": flying and flying.resident,
+                    "in_flight_bytes": flying and flying.waiting,
+                    "ceiling_tbs": round(flying.ceiling / 1e12, 2) if flying and h100 else None,
+                    "of_a_copy": share and round(share, 3),
                 }
             )
     results.summary = {
@@ -126,11 +149,14 @@ def table(results: Results) -> Any:
 
     shown = Table(
         title="What the kernels compile to",
-        caption="Loads and stores: bytes × instructions. Occupancy: threads that fit, by registers.",
+        caption="Loads and stores: bytes × instructions. Occupancy: threads that fit, by registers. In flight: KiB "
+        "that the programs on a multiprocessor ask for at once; ceiling: TB/s that these allow an H100 at 800 ns. "
+        "Of a copy: what an H100 measured.",
     )
     shown.add_column("launch")
     shown.add_column("layout, dtype, target")
-    for column in ("tile", "threads", "registers", "spilled", "loads", "stores", "occupancy"):
+    columns = ("tile", "threads", "registers", "spilled", "loads", "stores", "occupancy")
+    for column in (*columns, "programs", "in flight", "ceiling", "of a copy"):
         shown.add_column(column, justify="right", overflow="fold")
     for row, after in zip(results.rows, [*results.rows[1:], None], strict=True):
         shown.add_row(
@@ -140,10 +166,19 @@ def table(results: Results) -> Any:
                 str(row[column])
                 for column in ("tile", "threads", "registers", "spilled", "loads_bytes", "stores_bytes")
             ),
-            "–" if row["occupancy"] is None else f"{row['occupancy']:.0%}",
+            told(row["occupancy"], ".0%"),
+            told(row["resident"], "d"),
+            told(row["in_flight_bytes"] and row["in_flight_bytes"] / 1024, ".0f"),
+            told(row["ceiling_tbs"], ".1f"),
+            told(row["of_a_copy"], ".0%"),
             end_section=after is not None and after["launch"] != row["launch"],
         )
     return shown
+
+
+def told(value: Any, form: str) -> str:
+    """A figure, or a dash where there is none."""
+    return "–" if value is None else f"{value:{form}}"
 
 
 def figure(results: Results) -> Any:
@@ -181,10 +216,16 @@ def figure(results: Results) -> Any:
 
 
 def found(results: Results) -> list[str]:
-    """Spills and registers."""
+    """Spills and registers; what loads allow, and what was measured."""
     told, summary = results.configuration, results.summary
+    plain = [row for row in results.rows if row["ceiling_tbs"] and "mask" not in row["launch"]]
+    least = min(row["ceiling_tbs"] for row in plain if row["layout"] != "unaligned")
+    shares = [row["of_a_copy"] for row in plain if row["of_a_copy"]]
     return [
         f"{summary['spilling'] or 'None'} of {summary['binaries']} binaries spills registers; the largest takes "
         f"{summary['registers_most']} of {MOST_REGISTERS} a thread.",
         f"{len(told['layouts'])} layouts, {' and '.join(told['dtypes'])}, for {', '.join(told['targets'])}.",
+        f"At 800 ns a load, what kernels without a mask ask for at once allows an H100 {least:.1f} TB/s or more where "
+        f"rows are aligned; measured, {len(shares)} of these launches moved {min(shares):.0%} to {max(shares):.0%} of "
+        "what a copy of x does.",
     ]

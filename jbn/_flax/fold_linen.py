@@ -142,7 +142,7 @@ def _runner(norms: dict[Path, Any], biased: set[Path]) -> Callable:
                     f"batch norm {'/'.join(layer.path)} is folded for inference and was called in training mode: "
                     "train the model and the variables it was folded from"
                 )
-            return fold_shared.rest(x, residual, getattr(layer, "activation", None), norms[layer.path])
+            return fold_shared.rest(x, residual, fold_shared.last(layer), norms[layer.path])
         return next_fun(*args, **kwargs)
 
     return run

@@ -32,8 +32,9 @@ class Folded(NamedTuple):
 class FoldedNorm(nnx.Module):
     """What is left of a batch norm whose affine map is in a layer: activation(x + residual), in its dtype."""
 
-    def __init__(self, activation: str | None, dtype: Any):
+    def __init__(self, activation: Any, negative_slope: float, dtype: Any):
         self.activation = activation
+        self.negative_slope = negative_slope
         self.dtype = dtype
 
     def __call__(self, x, use_running_average=None, *, residual=None, **_):
@@ -47,7 +48,7 @@ class FoldedNorm(nnx.Module):
                 "this batch norm is folded for inference and was called with use_running_average=False: train the "
                 "model that it was folded from"
             )
-        return fold_shared.rest(x, residual, self.activation, self.dtype)
+        return fold_shared.rest(x, residual, fold_shared.last(self), self.dtype)
 
 
 def fold(model: nnx.Module, *args: Any, method: str = "__call__", **call: Any) -> Folded:
@@ -138,7 +139,7 @@ def _folded(model: nnx.Module, done: tuple[Pair, ...], dtypes: dict[str, Any]) -
             layer.bias[...] = bias
     for pair in done:
         norm = layers[pair.norm]
-        remains = FoldedNorm(getattr(norm, "activation", None), dtypes[pair.norm])
+        remains = FoldedNorm(*fold_shared.last(norm), dtypes[pair.norm])
         vars(norm).clear()
         object.__setattr__(norm, "__class__", FoldedNorm)  # wherever it is referred to
         vars(norm).update(vars(remains))

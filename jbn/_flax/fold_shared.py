@@ -10,10 +10,10 @@ import numpy as np
 from jbn._flax.fold_marks import Call
 from jbn._flax.fold_pairs import Pair
 from jbn._flax.layer import feature_axes
-from jbn._functions.batch_norm import BNParams, BNState
+from jbn._functions.batch_norm import BNParams, BNState, called
 from jbn._functions.checks import FLOATS, check_activation
 from jbn._functions.folding import fold_into_next, fold_into_previous
-from jbn._op.activations import ACTIVATIONS
+from jbn._op.activations import NEGATIVE_SLOPE, activation
 from jbn._op.plan import compute_dtype
 
 STACKED = "its variables are stacked, by scan or vmap over layers"
@@ -91,11 +91,16 @@ def weights(
     return fold_into_next(params, state, kernel, bias, epsilon=epsilon)
 
 
-def rest(x: jax.Array, residual: jax.Array | None, activation: str | None, dtype: Any) -> jax.Array:
+def last(norm: Any) -> tuple[Any, float]:
+    """Activation of a batch norm and its negative slope, as `bn_eval` takes them; Flax's have none."""
+    return getattr(norm, "activation", None), getattr(norm, "negative_slope", NEGATIVE_SLOPE)
+
+
+def rest(x: jax.Array, residual: jax.Array | None, last: tuple[Any, float], dtype: Any) -> jax.Array:
     """What is left of a batch norm whose affine map is in a layer: activation(x + residual), in its dtype."""
-    check_activation(activation)
-    if residual is None and activation is None:
-        return x.astype(dtype)
+    name, outside = check_activation(*last)
+    if residual is None and name is None:
+        return called(outside, x.astype(dtype))
     wide = compute_dtype(x.dtype)
     z = x.astype(wide) if residual is None else x.astype(wide) + residual.astype(wide)
-    return (z if activation is None else ACTIVATIONS[activation].value(z)).astype(dtype)
+    return called(outside, (z if name is None else activation(name).value(z)).astype(dtype))

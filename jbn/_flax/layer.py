@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from jbn._functions.batch_norm import BNParams, BNState, bn_eval, bn_train
-from jbn._functions.checks import FLOATS, check_axis
+from jbn._functions.checks import FLOATS, activation_name, check_axis
 from jbn._functions.renorm import Renorm
+from jbn._op.activations import NEGATIVE_SLOPE
 
 NOT_ASKED = {
     "activation": None,
@@ -58,6 +59,7 @@ def normalize(
         epsilon=layer.epsilon,
         residual=residual,
         activation=layer.activation,
+        negative_slope=layer.negative_slope,
         dtype=dtype,
         implementation=layer.implementation,
     )
@@ -88,6 +90,10 @@ def left_to_flax(layer: Any, x: jax.Array, residual: jax.Array | None) -> bool:
     reason, remedy = _reason(layer, x)
     asked = {name: getattr(layer, name) for name in NOT_ASKED}
     asked = {name: value for name, value in asked.items() if value is not NOT_ASKED[name]}
+    if callable(layer.activation):
+        asked["activation"] = f"function {activation_name(layer.activation)}"
+    if layer.negative_slope != NEGATIVE_SLOPE:
+        asked["negative_slope"] = layer.negative_slope
     if residual is not None:
         asked["residual"] = f"array of shape {jnp.shape(residual)}"
     if reason and asked:

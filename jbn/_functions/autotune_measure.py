@@ -14,6 +14,7 @@ from jax import lax
 from jax.sharding import SingleDeviceSharding
 
 from jbn._functions.batch_norm import BNParams, BNState, bn_eval, bn_train
+from jbn._op.activations import decoded
 from jbn._op.tables import Norm, Times
 
 IMPLEMENTATIONS: tuple[Any, ...] = ("triton", "xla")
@@ -87,8 +88,13 @@ def links(norm: Norm) -> int:
 
 def _one(norm: Norm, implementation: Any) -> Callable:
     """(y, new state) of a batch norm."""
+    activation, negative_slope = decoded(norm.activation)
     options: dict[str, Any] = dict(
-        axis=norm.axis - norm.batch, activation=norm.activation, dtype=norm.out, implementation=implementation
+        axis=norm.axis - norm.batch,
+        activation=activation,
+        negative_slope=negative_slope,
+        dtype=norm.out,
+        implementation=implementation,
     )
 
     def one(params, state, x, residual, mask):

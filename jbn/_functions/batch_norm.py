@@ -21,7 +21,10 @@ from jbn._op.pieces import synchronise
 from jbn._op.plan import Options, Plan, compute_dtype, row_count, where
 from jbn._op.sync import Sync, splittable
 
-Activation = Literal["relu", "relu6", "leaky_relu", "silu", "hard_swish"]
+Activation = (
+    Literal["relu", "relu6", "leaky_relu", "silu", "hard_swish", "gelu", "gelu_exact", "mish", "elu", "sigmoid", "tanh"]
+    | Callable[[jax.Array], jax.Array]
+)
 Implementation = Literal["xla", "triton"]
 _TINY = float(jnp.finfo(jnp.float32).tiny)  # what is less may be 0 to a device
 
@@ -79,6 +82,7 @@ def bn_train(
     mask: ArrayLike | None = None,
     residual: ArrayLike | None = None,
     activation: Activation | None = None,
+    negative_slope: float = 0.01,
     dtype: DTypeLike | None = None,
     virtual_batch_size: int | None = None,
     unbiased: bool = False,
@@ -110,7 +114,11 @@ def bn_train(
         finite reaches no other, in values or gradients of this function. A layer before it is another matter: the
         gradient of its kernel is 0 · NaN where padding is NaN, so give the network jnp.where(mask, x, 0).
       residual: of x's shape, added before the activation.
-      activation: "relu", "relu6", "leaky_relu" (slope 0.01), "silu", "hard_swish", or None.
+      activation: None, or what is applied last, in the arithmetic of the map: "relu", "relu6", "leaky_relu", "silu",
+        "hard_swish" and "mish" as in `jax.nn`; "gelu" by tanh, as `jax.nn.gelu` is by default, "gelu_exact" by erf,
+        as PyTorch's is; "elu" (alpha 1), "sigmoid", "tanh". For a backward pass nothing is kept for it. Any function
+        may be given in place of a name, and is called on y, of y's dtype, outside: JAX keeps what it needs.
+      negative_slope: of "leaky_relu" below 0; a number that is known at tracing.
       dtype: of y; None for x's.
       virtual_batch_size: k normalises each run of k examples along the first axis that is not `axis` with its own
         statistics (ghost batch norm, Hoffer et al. 2017); the state sees the merged ones. Devices that hold whole runs
@@ -132,6 +140,7 @@ def bn_train(
 
     Source: Ioffe, Szegedy (2015), Batch Normalization, algorithm 1 (https://arxiv.org/abs/1502.03167).
     """
+    activation, outside = checks.check_activation(activation, negative_slope)
     plan, *arrays = _prepare(params, state, x, axis, epsilon, residual, activation, dtype, implementation)
     *_, x, _, residual = arrays
     mask = checks.check_mask(mask, x)
@@ -145,7 +154,8 @@ def bn_train(
     mixes = mask is None and isinstance(count, int) and count > 0 and known and _TINY <= momentum < 1
     fixed = _Training(plan, sync, virtual, bool(unbiased), mixes)
     # of a number its rest to 1 is exact
-    return _train(fixed, *arrays, mask, momentum, 1 - momentum if known else None, renorm)
+    y, state = _train(fixed, *arrays, mask, momentum, 1 - momentum if known else None, renorm)
+    return called(outside, y), state
 
 
 def bn_eval(
@@ -157,6 +167,7 @@ def bn_eval(
     epsilon: float | jax.Array = 1e-5,
     residual: ArrayLike | None = None,
     activation: Activation | None = None,
+    negative_slope: float = 0.01,
     dtype: DTypeLike | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
@@ -166,7 +177,27 @@ def bn_eval(
 
     Source: Ioffe, Szegedy (2015), Batch Normalization, algorithm 2 (https://arxiv.org/abs/1502.03167).
     """
-    return _eval(*_prepare(params, state, x, axis, epsilon, residual, activation, dtype, implementation))
+    activation, outside = checks.check_activation(activation, negative_slope)
+    arguments = _prepare(params, state, x, axis, epsilon, residual, activation, dtype, implementation)
+    return called(outside, _eval(*arguments))
+
+
+def called(function: Callable | None, y: jax.Array) -> jax.Array:
+    """function(y), if there is one, in y's dtype.
+
+    Raises:
+      ValueError: it returns something else than an array of y's shape.
+    """
+    if function is None:
+        return y
+    found = function(y)
+    if getattr(found, "shape", None) != y.shape:
+        got = f"an array of shape {found.shape}" if hasattr(found, "shape") else f"a {type(found).__name__}"
+        raise ValueError(
+            f"activation {checks.activation_name(function)} returned {got}, expected y's shape {y.shape}: call what "
+            "changes it on the output of batch norm"
+        )
+    return jnp.asarray(found, y.dtype)
 
 
 class _Training(NamedTuple):
@@ -187,7 +218,6 @@ def _prepare(params, state, x, axis, epsilon, residual, activation, dtype, imple
     state = checks.check_vectors("state", state, BNState, x.shape[channel], x, axis)
     residual = checks.check_residual(residual, x)
     epsilon = checks.check_between("epsilon", epsilon, 0, float("inf"))
-    checks.check_activation(activation)
     checks.check_implementation(implementation)
     plan = Plan(
         channel,

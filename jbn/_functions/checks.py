@@ -2,13 +2,13 @@
 
 import math
 import operator
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import core, lax
 
-from jbn._op.activations import ACTIVATIONS
+from jbn._op.activations import ACTIVATIONS, NEGATIVE_SLOPE, encoded
 from jbn._op.sync import Sync, bound
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -98,19 +98,32 @@ def check_vectors(name: str, value, kind: type, channels: int, x, axis):
     return kind(*(None if vector is None else _array(vector) for vector in value))
 
 
-def check_activation(activation) -> str | None:
-    if callable(activation):
-        name = getattr(activation, "__name__", type(activation).__name__)
-        remedy = f"give its name, {name!r}" if name in ACTIVATIONS else "apply any other to the output of batch norm"
-        raise TypeError(
-            f"activation is the function {name}, expected None or one of {', '.join(ACTIVATIONS)}: {remedy}"
-        )
-    if activation is not None and activation not in tuple(ACTIVATIONS):
+def check_activation(activation, negative_slope) -> tuple[str | None, Callable | None]:
+    """What the op applies, as a plan has it, and the function that is called on y instead; one of them is None."""
+    name = activation if isinstance(activation, str) else None
+    if activation is not None and not callable(activation) and name not in ACTIVATIONS:
         raise ValueError(
-            f"activation is {activation!r}, expected None or one of {', '.join(ACTIVATIONS)}: "
-            "apply any other to the output of batch norm"
+            f"activation is {activation!r}, expected None, a function or one of {', '.join(ACTIVATIONS)}: give any "
+            "other as a function, such as jax.nn.softplus"
         )
-    return activation
+    if isinstance(negative_slope, core.Tracer):
+        raise TypeError(
+            "negative_slope is traced, expected a number that is known at tracing: give a float, or learn it in a "
+            "function, activation=lambda y: jnp.where(y > 0, y, slope * y)"
+        )
+    negative_slope = float(check_between("negative_slope", negative_slope, -1e30, 1e30))
+    if name != "leaky_relu" and negative_slope != NEGATIVE_SLOPE:
+        shown = activation_name(activation)
+        raise ValueError(
+            f"negative_slope is {negative_slope} with activation={shown}, expected that of 'leaky_relu': leave it out, "
+            "or give activation='leaky_relu'"
+        )
+    return encoded(name, negative_slope), activation if callable(activation) else None
+
+
+def activation_name(activation) -> str:
+    """An activation in an error: a function by its name, without its address."""
+    return getattr(activation, "__name__", type(activation).__name__) if callable(activation) else repr(activation)
 
 
 def check_dtype(dtype) -> jnp.dtype:

@@ -1,17 +1,30 @@
-"""What is in no state_dict: whether the layers of two models have equal epsilons and momenta."""
+"""What is in no state_dict: whether the layers of two models have equal epsilons, momenta and activations."""
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 from jbn._functions.convert_layers import complement
 from jbn._functions.convert_parts import Names, check_names
+from jbn._op.activations import decoded, encoded
+
+ACTIVATIONS = {  # PyTorch's classes, those that no setting changes, and our names
+    "ReLU": "relu",
+    "ReLU6": "relu6",
+    "SiLU": "silu",
+    "Hardswish": "hard_swish",
+    "Mish": "mish",
+    "Sigmoid": "sigmoid",
+    "Tanh": "tanh",
+}
 
 
 def check_settings(module: Any, model: Any, names: Names) -> None:
-    """Compares epsilon of norms, and momentum of batch norms, of a PyTorch model and a Flax model.
+    """Compares epsilon of norms, and momentum and activation of batch norms, of a PyTorch model and a Flax model.
 
     Epsilons are to be equal, and momenta to sum to 1: PyTorch's is the weight of the new statistics, Flax's that of the
-    old ones.
+    old ones. Where a batch norm of ours is given the name of an activation, and PyTorch's is followed by one in an
+    `nn.Sequential`, they are to be the same (`jbn.convert` has the names); elsewhere PyTorch's modules do not say.
 
     Usage, of nnx and of linen, whose layers are met where they are called:
 
@@ -51,9 +64,41 @@ def check_settings(module: Any, model: Any, names: Names) -> None:
             if (found := getattr(layer, setting)) != value:
                 asked = "one for each batch, n / (n + 1)" if value is None else value
                 wrong.append(f"{name} asks for {setting}={asked}, {'/'.join(map(str, path))} has {found}")
+        asked = _activation(_behind(modules, name))
+        if asked and isinstance(getattr(layer, "activation", None), str):
+            found = encoded(layer.activation, layer.negative_slope)
+            if found != asked:
+                wrong.append(f"{name} asks for {_options(asked)}, {'/'.join(map(str, path))} has {_options(found)}")
     if wrong:
         more = f"; and {len(wrong) - 6} more" if len(wrong) > 6 else ""
         raise ValueError(f"settings differ: {'; '.join(wrong[:6])}{more}: build the Flax layers with what is asked for")
+
+
+def _behind(modules: dict[str, Any], name: str) -> Any:
+    """What follows a module in its nn.Sequential, or None."""
+    parent = name.rpartition(".")[0]
+    if type(modules.get(parent)).__name__ != "Sequential":
+        return None
+    children = [other for other in modules if other and other.rpartition(".")[0] == parent]
+    return modules.get(dict(itertools.pairwise(children)).get(name, ""))
+
+
+def _activation(module: Any) -> str | None:
+    """What of ours a PyTorch module is, as `encoded` has it, or None."""
+    kind = type(module).__name__
+    if kind == "LeakyReLU":
+        return encoded("leaky_relu", module.negative_slope)
+    if kind == "GELU":
+        return "gelu" if module.approximate == "tanh" else "gelu_exact"
+    if kind == "ELU" and module.alpha == 1:
+        return "elu"
+    return ACTIVATIONS.get(kind)
+
+
+def _options(encoded: str) -> str:
+    """An activation as a layer is given it."""
+    name, slope = decoded(encoded)
+    return f"activation={name!r}" + (f", negative_slope={slope}" if name == "leaky_relu" else "")
 
 
 def _at(model: Any, path: tuple[str | int, ...], name: str) -> Any:

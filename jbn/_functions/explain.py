@@ -16,6 +16,7 @@ from jbn._functions.explain_collectives import Collective
 from jbn._functions.explain_traced import KernelLaunch as KernelLaunch
 from jbn._functions.virtual import Virtual, check_virtual
 from jbn._op import dispatch
+from jbn._op.activations import ACTIVATIONS
 from jbn._op.gpu import Device
 from jbn._op.plan import compute_dtype, in_megabytes, size_in_bytes
 from jbn._op.sync import Sync
@@ -74,6 +75,7 @@ def explain(
     mask: Any = None,
     residual: Any = None,
     activation: Activation | None = None,
+    negative_slope: float = 0.01,
     dtype: DTypeLike | None = None,
     use_scale: bool = True,
     use_bias: bool = True,
@@ -120,7 +122,9 @@ def explain(
         virtual, virtual_batch_size, shared = _virtual(virtual_batch_size, whole, channel, x, parts)
     vector: Any = jax.ShapeDtypeStruct((x.shape[channel],), compute_dtype(x.dtype))
     params = BNParams(vector if use_scale else None, vector if use_bias else None)
-    options: dict[str, Any] = dict(axis=axis, activation=activation, dtype=dtype, implementation=implementation)
+    options: dict[str, Any] = dict(
+        axis=axis, activation=activation, negative_slope=negative_slope, dtype=dtype, implementation=implementation
+    )
     training: dict[str, Any] = dict(
         virtual_batch_size=virtual_batch_size, axis_name=axis_name, axis_index_groups=axis_index_groups
     )
@@ -133,6 +137,8 @@ def explain(
         problem = explain_shares.unsplit(whole, parts, gathered, virtual)
         chosen, reason = ("xla", problem) if problem else (chosen, reason)
     notes += _notes(target, whole, gathered, size_in_bytes(x))
+    if callable(activation):
+        notes.append(_outside(checks.activation_name(activation)))
     one, masked = size_in_bytes(vector), mask is not None
     if axes:
         sent = explain_collectives.by_name(sync, by_members, one, masked)
@@ -211,6 +217,12 @@ def _notes(target: explain_traced.Target, whole, gathered: list[int], size: int)
         if target.device.cache is not None and size <= target.device.cache:
             notes.append("x fits into L2: what a launch leaves there, the next reads faster than from memory")
     return notes
+
+
+def _outside(name: str) -> str:
+    """What there is to say of an activation that is a function."""
+    remedy = f"; activation={name!r} is applied inside" if name in ACTIVATIONS else ""
+    return f"activation {name} is a function: JAX applies it outside, which is not among launches and bytes{remedy}"
 
 
 def _described(gpu: Device) -> str:

@@ -12,7 +12,7 @@ from jbn._op.sync import Sync
 class Options(NamedTuple):
     """What of a batch norm not all of its pieces see, and measurements of it go by."""
 
-    activation: str | None
+    activation: str | None  # as in `Plan`
     residual: str | None  # its dtype
     mask: tuple[int, ...] | None  # the axes that it varies along, counted from the last, below 0
 
@@ -29,7 +29,7 @@ class Plan(NamedTuple):
     batch: int  # leading axes of x, each index of which is a batch of its own
     count: int  # divides sums; 1 where `Coefficients.weight` does
     centred: bool  # statistics are x's own, so derivatives flow through them
-    activation: str | None
+    activation: str | None  # as `activations.encoded` has it
     dtype: jnp.dtype  # of y
     sync: Sync
     may_partition: bool  # whether `jit` may split x over devices, by rules of our own

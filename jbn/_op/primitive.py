@@ -95,8 +95,8 @@ def _run(function: Callable, *flat, tree, plan: Plan) -> list[Any]:
 
 
 @cache
-def _shared(function: Callable) -> Callable:
-    """`_run` of a function that lasts, which is traced once for all operands of a kind, and in a program lowered once."""
+def _shared(function: Callable) -> Any:
+    """`_run` of a function that lasts: traced once for operands of a kind, lowered once in a program that calls it."""
 
     def run(*flat, tree, plan):
         return _run(function, *flat, tree=tree, plan=plan)
@@ -193,7 +193,7 @@ def _lower_as(
 
     `basis` is what the function goes by besides its operands.
     """
-    lasts = function in (made.reference, made.cpu)
+    lasts = function in (made.reference, made.cpu)  # what is made for this call alone is nothing to keep
     local = partial(_shared(function) if lasts else partial(_run, function), tree=tree, plan=plan)
     alone = is_own(ctx) and not is_explicit(ctx.avals_in[0].sharding)
     if alone or not ((made.combine or function is not made.reference) and _splits(ctx, plan)):

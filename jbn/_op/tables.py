@@ -33,7 +33,7 @@ class Norm(NamedTuple):
     batch: int  # leading axes, each index of which is a batch of its own
     dtype: str  # of x
     out: str  # dtype of y
-    activation: str | None
+    activation: str | None  # as `activations.encoded` has it
     residual: str | None  # its dtype
     mask: tuple[int, ...] | None  # its shape
     training: bool  # the statistics are x's own

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jbn._op.activations import decoded
 from jbn._op.gpu import INSTALL, Device, gpu
 from jbn._op.plan import Coefficients, Plan
 
@@ -175,6 +176,7 @@ def gradient_input(plan: Plan, x, coef: Coefficients, residual, mask, dy, sums, 
 
 
 def _problem(plan: Plan, view, x, mask, coef: Coefficients | None = None, residual=None):
+    activation, negative_slope = decoded(plan.activation)
     return launches.Problem(
         view,
         x.dtype.name,
@@ -182,7 +184,8 @@ def _problem(plan: Plan, view, x, mask, coef: Coefficients | None = None, residu
         scale=coef is not None and coef.scale is not None,
         bias=coef is not None and coef.bias is not None,
         residual=residual is not None,
-        activation=plan.activation,
+        activation=activation,
+        negative_slope=negative_slope,
         mask=mask,
         weight=coef is not None and coef.weight is not None,
         centred=plan.centred,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jbn._op.activations import ACTIVATIONS
+from jbn._op.activations import activation
 from jbn._op.plan import Coefficients, Plan, compute_dtype, rows, where
 from jbn._op.sync import add_across
 
@@ -65,7 +65,7 @@ def apply_masked(plan: Plan, x, coef: Coefficients, residual, mask):
     map_ = _map(plan, x, coef)
     z = _linear(plan, _centred(x, map_, mask), map_, coef, residual, mask)
     if plan.activation is not None:
-        z = ACTIVATIONS[plan.activation].value(z)
+        z = activation(plan.activation).value(z)
     return (z.astype(plan.dtype),)
 
 
@@ -199,7 +199,7 @@ def _through_activation(plan: Plan, moved, centred, map_: _Map, coef: Coefficien
     moved = moved.astype(centred.dtype)
     if plan.activation is None:
         return moved
-    slope = ACTIVATIONS[plan.activation].slope(_linear(plan, centred, map_, coef, residual, mask))
+    slope = activation(plan.activation).slope(_linear(plan, centred, map_, coef, residual, mask))
     return where(slope, moved, 0) if slope.dtype == bool else moved * slope
 
 

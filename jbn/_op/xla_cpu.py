@@ -15,8 +15,8 @@ from jbn._op import xla
 from jbn._op.plan import Coefficients, Plan, compute_dtype, row_count
 
 LITTLE = 2**15  # elements of a batch that are reduced as they are: more loops cost more than they save
-# Rows are cut into equal parts, of the first number here that divides them. A loop over more parts is not unrolled;
-# of fewer, each is longer, and within a part rows are summed the slow way.
+# The axes before the channels are cut into equal parts, of the first number here that divides them. A loop over more
+# parts is not unrolled; of fewer, each is longer, and within a part rows are summed the slow way.
 PARTS = (*range(8, 15), 7, 6, 5, 4)  # with an activation's derivative in the loop
 PLAIN_PARTS = range(32, 11, -1)
 HALF_PARTS = range(24, 11, -1)  # each number is converted
@@ -30,35 +30,38 @@ def moments(plan: Plan, x, mask):
     Its own Σ(x − mean)² = q − s²/P cancels by no more than P times rounding, as q ≤ P · (q − s²/P) with one d = 0.
     Groups then merge (Chan, Golub, LeVeque 1979) about the mean of all, so that nothing cancels.
     """
-    parts = _parts(plan, x, PLAIN_PARTS if x.dtype.itemsize > 2 else HALF_PARTS)
+    parts = _parts(plan, x, _plain(x))
     if mask is not None or parts is None:
         behind = x.shape[plan.channel + 1 :]
         if mask is None and len(behind) > 1:  # as one axis: loops of few steps over several are not vectorised
             x = x.reshape(*x.shape[: plan.channel + 1], math.prod(behind))
         return xla.moments(plan, x, mask)
-    groups = row_count(plan, x) // parts
+    groups, axes = row_count(plan, x) // parts, _within(plan, x)
     cut = _cut(plan, x.astype(compute_dtype(x.dtype)), parts)
     first = lax.slice_in_dim(cut, 0, 1, axis=plan.batch)
     distance = cut - first
     s, q = _add_parts(plan, distance, jnp.square(distance * UNIT))
     first = jnp.squeeze(first, plan.batch)
-    pivot = xla.typical_row(first, (plan.batch,))
+    pivot = xla.typical_row(first, axes)
     off = first - pivot + s / parts  # a group's mean
-    shift = jnp.sum(off, plan.batch, keepdims=True) / groups
+    shift = jnp.sum(off / groups, axes, keepdims=True)
     m2 = q - jnp.square(s * (UNIT * parts**-0.5)) + parts * jnp.square((off - shift) * UNIT)  # times UNIT²
-    return jnp.squeeze(pivot + shift, plan.batch), jnp.sum(m2 / groups, plan.batch) / (parts * UNIT**2)
+    # divided before they are added: what is behind a sum is compiled by itself
+    return jnp.squeeze(pivot + shift, axes), jnp.sum(m2 / (groups * parts * UNIT**2), axes)
 
 
 def gradient_sums(plan: Plan, x, coef: Coefficients, residual, mask, dy):
     """`Σ z̄, Σ z̄ · x̂` over the rows of each channel, where z̄ = activation'(z) · ȳ."""
-    parts = _parts(plan, x, PARTS)
+    parts = _parts(plan, x, PARTS if plan.activation else _plain(x))
     if mask is not None or parts is None:
         return xla.gradient_sums(plan, x, coef, residual, mask, dy)
+    axes = _within(plan, x)
     x, residual, dy = (None if v is None else _cut(plan, v, parts) for v in (x, residual, dy))
     cut = plan._replace(channel=plan.batch + 2)
     dz, centred, map_ = xla.cotangent(cut, x, coef, residual, None, dy, jnp.greater_equal)
-    total, product = (jnp.sum(v, plan.batch) for v in _add_parts(plan, dz, dz * centred))
-    return total, product * jnp.squeeze(map_.rstd, (plan.batch, plan.batch + 1))
+    total, product = _add_parts(plan, dz, dz * centred)
+    rstd = jnp.squeeze(map_.rstd, plan.batch)
+    return jnp.sum(total, axes), jnp.sum(product * rstd, axes)
 
 
 def gradient_sums_keeping(plan: Plan, x, coef: Coefficients, residual, mask, dy):
@@ -67,17 +70,30 @@ def gradient_sums_keeping(plan: Plan, x, coef: Coefficients, residual, mask, dy)
     return *sums, xla.kept_cotangent(plan, x, coef, residual, mask, dy)
 
 
+def _plain(x) -> Iterable[int]:
+    """The numbers for a loop without an activation's derivative."""
+    return PLAIN_PARTS if x.dtype.itemsize > 2 else HALF_PARTS
+
+
 def _parts(plan: Plan, x, numbers: Iterable[int]) -> int | None:
     """How many parts rows are cut into, if that can be and is worth it."""
-    count = row_count(plan, x)
-    if plan.channel < x.ndim - 1 or count * x.shape[-1] <= LITTLE:
+    if row_count(plan, x) * x.shape[plan.channel] <= LITTLE:
         return None
-    return next((n for n in numbers if count % n == 0), None)
+    before = math.prod(x.shape[plan.batch : plan.channel])
+    return next((n for n in numbers if before % n == 0), None)
 
 
 def _cut(plan: Plan, x, parts: int):
-    """x as `(*batch, parts, rows of a part, C)`."""
-    return x.reshape(*x.shape[: plan.batch], parts, row_count(plan, x) // parts, x.shape[-1])
+    """x as `(*batch, parts, rows of a part before the channels, C)`, and the rows behind them, if any, as one axis."""
+    before, behind = (math.prod(n) for n in (x.shape[plan.batch : plan.channel], x.shape[plan.channel + 1 :]))
+    last = plan.channel == x.ndim - 1  # a loop over an axis of 1 would not be vectorised
+    shape = (*x.shape[: plan.batch], parts, before // parts, x.shape[plan.channel])
+    return x.reshape(shape if last else (*shape, behind))
+
+
+def _within(plan: Plan, x) -> tuple[int, ...]:
+    """The axes of a part's own rows, once the parts are added."""
+    return (plan.batch,) if plan.channel == x.ndim - 1 else (plan.batch, plan.batch + 2)
 
 
 def _add_parts(plan: Plan, *values):

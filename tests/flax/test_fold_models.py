@@ -62,6 +62,8 @@ LAYERS = {
     "transposed kernel": lambda x: Norm()(nn.ConvTranspose(5, (3, 3), transpose_kernel=True)(x)),
     "no parameters": lambda x: Norm(use_scale=False, use_bias=False)(nn.Dense(5)(x)),
     "residual, activation": lambda x: Norm(activation="silu")(nn.Dense(4, use_bias=False)(x), residual=x),
+    "a slope": lambda x: Norm(activation="leaky_relu", negative_slope=0.2)(nn.Dense(5, use_bias=False)(x)),
+    "residual, a function": lambda x: Norm(activation=nn.softplus)(nn.Dense(4, use_bias=False)(x), residual=x),
     "flax": lambda x: nn.BatchNorm(True)(nn.Dense(5)(x)),
     "remat": lambda x: nn.remat(Inner)()(x),
     "jit": lambda x: nn.jit(Inner)()(x),
@@ -366,6 +368,8 @@ def test_nnx(name):
 def test_nnx_activation_and_flax():
     call = NNX["residual"][0]
     assert nnx_fold(Net(call, **parts(activation="hard_swish")), image())[0] == {"norm": "dense"}
+    for last in (dict(activation="leaky_relu", negative_slope=0.2), dict(activation=nnx.softplus)):
+        assert nnx_fold(Net(call, **parts(**last)), image())[0] == {"norm": "dense"}
     assert nnx_fold(Net(NNX["grouped"][0], **parts(nnx.BatchNorm)), image())[0] == {"norm": "conv"}
 
 

@@ -99,6 +99,7 @@ def test_fields_begin_with_those_of_flax():
     assert known == theirs
     assert extra == [
         ("activation", None),
+        ("negative_slope", 0.01),
         ("virtual_batch_size", None),
         ("unbiased", False),
         ("implementation", None),
@@ -438,10 +439,21 @@ def test_extras_with_running_statistics():
     oracle.assert_close(y, want, factor=2)
 
 
+def test_functions_for_activation():
+    x, residual = inputs((4, 3))[0], inputs((4, 3), seed=3)[0]
+    variables = settled(init(BatchNorm(True), x))
+    for options, f in ((dict(activation=nn.softplus), nn.softplus), LEAKY):
+        y = BatchNorm(True, **options).apply(variables, x, residual=residual)
+        oracle.assert_close(y, f(BatchNorm(True).apply(variables, x, residual=residual)))
+
+
+LEAKY = dict(activation="leaky_relu", negative_slope=0.2), lambda y: nn.leaky_relu(y, 0.2)
+
+
 def test_options_reach_the_error_of_bn_train():
     x = jnp.ones((4, 3))
     for options, match in [
-        (dict(activation="gelu"), "activation"),
+        (dict(activation="swish"), "activation"),
         (dict(implementation="cuda"), "implementation"),
         (dict(axis_name="nowhere"), "axis_name"),
         (dict(virtual_batch_size=3), "virtual_batch_size"),

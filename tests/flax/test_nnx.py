@@ -441,9 +441,19 @@ def test_extras_with_running_statistics():
     oracle.assert_close(layer(x, residual=residual), want, factor=2)
 
 
+def test_functions_for_activation():
+    x, residual = inputs((4, 3))[0], inputs((4, 3), seed=3)[0]
+    for options, f in ((dict(activation=nnx.softplus), nnx.softplus), LEAKY):
+        layer, plain = (settle(BatchNorm(3, use_running_average=True, **o, rngs=nnx.Rngs(0))) for o in (options, {}))
+        oracle.assert_close(layer(x, residual=residual), f(plain(x, residual=residual)))
+
+
+LEAKY = dict(activation="leaky_relu", negative_slope=0.2), lambda y: nnx.leaky_relu(y, 0.2)
+
+
 def test_options_reach_the_error_of_bn_train():
     for options, match in [
-        (dict(activation="gelu"), "activation"),
+        (dict(activation="swish"), "activation"),
         (dict(implementation="cuda"), "implementation"),
         (dict(axis_name="nowhere"), "axis_name"),
         (dict(virtual_batch_size=3), "virtual_batch_size"),

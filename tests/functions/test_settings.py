@@ -1,4 +1,4 @@
-"""`convert.check_settings`: epsilon and momentum of layers that were matched."""
+"""`convert.check_settings`: epsilon, momentum and activation of layers that were matched."""
 
 from types import SimpleNamespace
 
@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from jbn import convert
+from jbn.nnx import BatchNorm
 
 
 class Torch:
@@ -64,6 +65,54 @@ def test_settings(made):
         convert.check_settings(Torch(momentum=0.01), model, names)
     with pytest.raises(ValueError, match=r"bn asks for momentum=one for each batch, n / \(n \+ 1\), .* has 0\.9"):
         convert.check_settings(Torch(momentum=None), model, names)
+
+
+def torch_class(name, **settings):
+    return type(name, (SimpleNamespace,), {})(**settings)
+
+
+BEHIND = {
+    "relu": torch_class("ReLU"),
+    "relu6": torch_class("ReLU6"),
+    "silu": torch_class("SiLU"),
+    "hard_swish": torch_class("Hardswish"),
+    "mish": torch_class("Mish"),
+    "sigmoid": torch_class("Sigmoid"),
+    "tanh": torch_class("Tanh"),
+    "elu": torch_class("ELU", alpha=1.0),
+    "gelu_exact": torch_class("GELU", approximate="none"),
+    "gelu": torch_class("GELU", approximate="tanh"),
+    "leaky_relu": torch_class("LeakyReLU", negative_slope=0.2),
+}
+
+
+def test_activations():
+    """What follows a batch norm in a Sequential; elsewhere, and what is none of ours, says nothing."""
+
+    def check(behind, kind="Sequential", **options):
+        module, norm = Torch(), BatchNorm(3, epsilon=1e-3, momentum=0.9, rngs=nnx.Rngs(0), **options)
+        module.modules = {
+            "": SimpleNamespace(),
+            "net": torch_class(kind),
+            "net.bn": module.modules["bn"],
+            "net.act": behind,
+        }
+        convert.check_settings(module, nnx.Sequential(norm), {"net.bn": ("layers", 0)})
+
+    for name, behind in BEHIND.items():
+        slope = dict(negative_slope=0.2) if name == "leaky_relu" else {}
+        check(behind, activation=name, **slope)
+        check(behind, kind="Block", activation="mish" if name == "relu" else "relu")
+        check(behind)
+        check(behind, activation=nnx.softplus)
+        other = "mish" if name == "relu" else "relu"
+        asked = f"activation='{name}'" + (", negative_slope=0.2" if slope else "")
+        with pytest.raises(ValueError, match=f"net.bn asks for {asked}, layers/0 has activation='{other}': build"):
+            check(behind, activation=other)
+    with pytest.raises(ValueError, match=r"negative_slope=0\.2, layers/0 has activation='leaky_relu', .*slope=0\.01: "):
+        check(BEHIND["leaky_relu"], activation="leaky_relu")
+    check(torch_class("ELU", alpha=2.0), activation="elu")
+    check(torch_class("Conv2d"), activation="relu")
 
 
 def test_errors():

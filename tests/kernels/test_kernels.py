@@ -17,10 +17,12 @@ import ml_dtypes
 import oracle
 import problems
 from driver import ON_GPU
+from oracle import MORE_ACTIVATIONS
 from problems import DTYPES, EPSILON, Drawn, check, cut, epsilon, execute, run_apply, run_moments, summed
 
+from jbn._op.activations import decoded
 from jbn.kernels import launches
-from jbn.kernels.launches import Mask
+from jbn.kernels.launches import Mask, Problem
 from jbn.kernels.tiling import Tiling, View
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # masked NaN and overflow, in NumPy
@@ -49,6 +51,40 @@ def crossed(these, those):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(layout, activation, residual):
     check(Drawn(LAYOUTS[layout], residual=residual, activation=activation), keep=residual)
+
+
+FAR = np.array([-np.inf, -1e30, -150, -30, 30, 150, 1e30, np.inf, np.nan], np.float32)
+ENDS = {  # where these have others than 0 and z there
+    "elu": ([-1] * 4, FAR[4:8]),
+    "sigmoid": ([0] * 4, [1] * 4),
+    "tanh": ([-1] * 4, [1] * 4),
+    "leaky_relu(0.2)": (0.2 * FAR[:4], FAR[4:8]),
+}
+
+
+@pytest.mark.parametrize("name", MORE_ACTIVATIONS)
+def test_more_activations(name):
+    """One expression each, on z itself; far out nothing overflows."""
+    activation, slope = decoded(name)
+    z = np.concatenate([np.linspace(-12, 12, 247, dtype=np.float32), FAR]).reshape(1, 256, 1, 1)
+    problem = Problem(
+        View(*z.shape), "float32", 256, False, False, activation=activation, negative_slope=slope, centred=False
+    )
+    mean, ones, epsilons = np.zeros((1, 1), "f4"), np.ones((1, 1), "f4"), np.zeros(1, "f4")
+    tiling, given = Tiling(64, 1, 2, 4), (mean, ones, epsilons, None, None)
+    (y,) = execute(launches.apply(problem, "float32", 132, tiling), z, *given, None)
+    launch = launches.gradient_input(problem, "float32", None, 132, tiling)
+    dx, _ = execute(launch, z, *given, None, None, None, np.ones_like(z), None, None)
+    near = z.astype(np.float64)[0, :247]
+    for got, function in zip((y, dx), MORE_ACTIVATIONS[name], strict=True):
+        np.testing.assert_allclose(got[0, :247], function(near), rtol=2e-6, atol=1e-6)
+    y, dx = y[0, 247:, 0, 0], dx[0, 247:, 0, 0]
+    below, above = ENDS.get(name, ([0] * 4, FAR[4:8]))
+    np.testing.assert_allclose(y[:8], np.append(below, above), rtol=1e-6, atol=1e-9)
+    flat = name in ("sigmoid", "tanh")
+    slopes = [slope if activation == "leaky_relu" else 0] * 4 + [0 if flat else 1] * 4
+    np.testing.assert_allclose(dx[:8], slopes, rtol=1e-6, atol=2e-7)
+    assert np.isnan(y[8]) and (activation == "leaky_relu" or np.isnan(dx[8]))
 
 
 PARAMETERS = {"scale": (True, False), "bias": (False, True), "neither": (False, False)}

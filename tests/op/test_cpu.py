@@ -1,6 +1,7 @@
 """The reductions as a CPU has them: rows cut into parts that are added to each other, against the float64 oracle."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -33,26 +34,29 @@ def parts(shape, numbers, axis=-1, batch=0):
     return xla_cpu._parts(plan, jax.ShapeDtypeStruct(shape, jnp.float32), numbers)
 
 
-CUT = [  # shape, parts of plain numbers and where an activation's derivative is in the loop
-    ((32, 28, 28, 128), 32, 8),
-    ((9 * 11 * 17, 512), 17, 9),
-    ((15, 7, 7, 64), 21, 7),
-    ((2**22, 8), 32, 8),
+CUT = [  # shape, axis, parts of plain numbers and where an activation's derivative is in the loop
+    ((32, 28, 28, 128), -1, 32, 8),
+    ((9 * 11 * 17, 512), -1, 17, 9),
+    ((15, 7, 7, 64), -1, 21, 7),
+    ((2**22, 8), -1, 32, 8),
+    ((30, 64, 28, 28), 1, 30, 10),
+    ((8, 4, 5, 128), 2, 32, 8),
 ]
 
 
-@pytest.mark.parametrize("shape, plain, others", CUT, ids=str)
-def test_rows_are_cut(shape, plain, others):
-    assert parts(shape, xla_cpu.PLAIN_PARTS) == plain
-    assert parts(shape, xla_cpu.PARTS) == others
-    assert parts((5, *shape), xla_cpu.PARTS, batch=1) == others
+@pytest.mark.parametrize("shape, axis, plain, others", CUT, ids=str)
+def test_rows_are_cut(shape, axis, plain, others):
+    assert parts(shape, xla_cpu.PLAIN_PARTS, axis) == plain
+    assert parts(shape, xla_cpu.PARTS, axis) == others
+    assert parts((5, *shape), xla_cpu.PARTS, axis % len(shape) + 1, batch=1) == others
 
 
 WHOLE = {
     "little": ((2**15, 1), -1, 0),
     "few rows": ((3, 10**5), -1, 0),
     "no parts": ((2 * 97 * 89, 64), -1, 0),
-    "channels first": ((64, 64, 28, 28), 1, 0),
+    "channels first of all": ((64, 28, 28, 64), 0, 0),
+    "few examples": ((3, 64, 100, 100), 1, 0),
     "many batches of little": ((1000, 64, 64), -1, 1),
     "empty": ((0, 8), -1, 0),
 }
@@ -75,6 +79,8 @@ CASES = {
     "rank 3": Case((9 * 2, 2, 3)),
     "images": Case((16, 6, 6, 4), scale=False),
     "odd parts": Case((9 * 11 * 13, 3), bias=False),
+    "channels first": Case((16, 3, 6, 4), axis=1),
+    "between rows": Case((8, 3, 4, 5), axis=2, residual=True, activation="relu"),
 } | {f"residual, {act}": Case((16, 4, 6, 4), residual=True, activation=act) for act in ACTIVATIONS}
 
 
@@ -97,19 +103,23 @@ def test_values_and_gradients(name, dtype, small):
     wanted = oracle.bn_train_grads(dy.astype(dtype), *positional(inputs), **options, **case.normalize_options)
     assert_close(y, want.y, n=case.rows, factor=5)
     assert_state(state, want, n=case.rows)
-    assert_grads(grads, wanted, n=case.rows, factor=10)
+    assert_grads(grads, wanted, n=case.rows, factor=10, axis=case.axis)
 
 
-moments = jax.jit(lambda x: (lambda m: (m.mean, m.m2))(jbn.moments(x)))
+@partial(jax.jit, static_argnames="axis")
+def moments(x, axis=-1):
+    found = jbn.moments(x, axis=axis)
+    return found.mean, found.m2
 
 
 @pytest.mark.parametrize("ratio", [0, 1e2, 1e4])
 @pytest.mark.parametrize("rows", [8 * 8 * 8 * 8, 16 * 15 * 14])
-def test_nothing_cancels(rows, ratio, small):
+@pytest.mark.parametrize("first", [False, True])
+def test_nothing_cancels(rows, ratio, first, small):
     rng = np.random.default_rng(0)
     x = ((rng.normal(size=(rows, 6)) + ratio) * 10.0 ** np.arange(-3, 3)).astype(np.float32)
     n, mean, m2 = oracle.moments(x)
-    got_mean, got_m2 = moments(x)
+    got_mean, got_m2 = moments(x.reshape(16, -1, 6).swapaxes(1, 2), 1) if first else moments(x)
     assert np.max(np.abs(got_m2 / m2 - 1)) < 1e-5
     assert np.max(np.abs(got_mean - mean) / (np.sqrt(m2 / n) + np.abs(mean))) < 1e-6
 
@@ -164,6 +174,6 @@ def test_x_is_read_once():
     text = lowered.compile().as_text()
     entry = text[text.index("ENTRY") :]
     readers = re.findall(r"= (\(.*\)|\S+) fusion\(.*%x[.\d]*[,)]", re.sub(r"\{[\d,]*\}", "", entry))
-    sums = [f"(f32[{rows},64], f32[{rows},64])" for rows in (6272 // 32, 6272 // 8)]
+    sums = ["(f32[196,64], f32[196,64])"] * 2  # of 6272 rows in 32 parts
     parts = ["f32[1,64]", "f32[196,64]"]  # the pivot, and a part's own
     assert sorted(readers) == sorted([*parts, *sums, *["f32[32,14,14,64]"] * 2])

@@ -5,6 +5,9 @@ import math
 import re
 from pathlib import Path
 
+import scipy.stats
+
+from experiments.benchmarks import memory
 from experiments.framework import report
 
 ROOT = Path(__file__).parents[2]
@@ -134,3 +137,113 @@ def test_kernels_on_a_gpu():
     checks, repeats = lines("flight3", "check"), lines("flight3", "repeat")
     assert all(check["ok"] for check in checks) and not any(repeat["differing"] for repeat in repeats)
     assert f"on all kernels ({len(checks)}\nlaunches). {len(repeats)} launches, 100 times each" in KERNELS
+
+
+def runs(flight):
+    return [run for run in lines(flight, "run") if run["kernel"] not in ("copy", "read")]
+
+
+def in_flight(run):
+    """KiB that a multiprocessor asks for, by the model, of a launch that was measured channels last."""
+    reads = {"moments": 1, "apply": 1, "sums": 2, "input": 2}[run["kernel"]] + (
+        run["fused"] == "add + relu" and run["kernel"] != "input"
+    )
+    rows, channels, splits, _ = run["tiling"]
+    tiles = min(run["unroll"] or 1, math.ceil(math.prod(run["shape"][:-1]) / (rows * splits)))
+    itemsize = 2 if run["dtype"] == "bfloat16" else 4
+    return min(run["resident"], math.ceil(run["programs"] / 132)) * tiles * rows * channels * reads * itemsize / 1024
+
+
+def test_bytes_in_flight():
+    found = [row for row in results("binaries")["rows"] if row["ceiling_tbs"]]
+    names = list(dict.fromkeys(row["launch"] for row in found if row["of_a_copy"]))
+    for name in names:
+        cells = [
+            f"{row['in_flight_bytes'] / 1024:.0f} | {row['ceiling_tbs']:.1f} | {100 * row['of_a_copy']:.0f} %"
+            for row in found
+            if (row["launch"], row["layout"]) == (name, "last")
+        ]
+        assert f"| `{name}` | {' | '.join(cells)} |" in KERNELS, (name, cells)
+    aligned = [row["ceiling_tbs"] for row in found if row["layout"] != "unaligned" and "mask" not in row["launch"]]
+    assert f"has a ceiling under {min(aligned):.1f} TB/s, channels last or first" in KERNELS
+    masked = [row for row in found if (row["launch"], row["dtype"]) == ("moments, mask of rows", "bfloat16")]
+    ceilings = {row["layout"]: f"{row['ceiling_tbs']:.1f}" for row in masked}
+    assert (
+        f"mask of rows {ceilings['last']} TB/s in bfloat16, and 32×7×7×512, channels first, {ceilings['unaligned']}"
+        in KERNELS
+    )
+
+
+def test_what_the_model_of_bytes_in_flight_does_not_tell():
+    def chosen(flight, kernel, shape):
+        asked = (kernel, "alone", shape, "bfloat16", True)
+        (run,) = (r for r in runs(flight) if (r["kernel"], r["fused"], r["shape"], r["dtype"], r["chosen"]) == asked)
+        return f"{in_flight(run):.0f}", f"{run['bytes'] / run['us'] / 1e6:.2f}"
+
+    (was, then), (are, now) = (chosen(flight, "moments", [256, 112, 112, 64]) for flight in ("flight1", "flight3"))
+    assert f"moments had {was} KiB in flight and\n  moved {then} TB/s; now they have {are} and move {now}" in KERNELS
+    (was, then), (are, now) = (chosen(flight, "apply", [256, 112, 112, 64]) for flight in ("flight1", "flight3"))
+    assert f"went from {was} KiB and {then} TB/s to {are} and {now}" in KERNELS
+    copies = {
+        tuple(run["shape"]): run
+        for run in lines("flight3", "run")
+        if (run["kernel"], run["dtype"]) == ("copy", "bfloat16")
+    }
+    copy = copies[256, 56, 56, 256]
+    speed = float(chosen("flight3", "moments", [256, 56, 56, 256])[1]) / (copy["bytes"] / copy["us"] / 1e6)
+    assert f"the same tiles reach {100 * speed:.0f} %" in KERNELS
+
+    def agreement(kernel, fused):
+        """The mean over shapes of the rank correlation between the model and the GPU, over tilings."""
+        groups = {}
+        for run in runs("flight3"):
+            large = math.prod(run["shape"]) * 2 > 100e6
+            if (run["kernel"], run["fused"], run["dtype"]) == (kernel, fused, "bfloat16") and large:
+                groups.setdefault(tuple(run["shape"]), []).append((in_flight(run), run["bytes"] / run["us"]))
+        shown = [scipy.stats.spearmanr(group).statistic for group in groups.values() if len(group) >= 5]
+        return f"{sum(shown) / len(shown):.2f}".replace("-", "−")
+
+    sums = [agreement(*case) for case in (("moments", "alone"), ("sums", "relu"), ("sums", "add + relu"))]
+    assert f"{sums[0]}\n  (moments), {sums[1]} (sums with relu) and {sums[2]} (sums with add + relu)" in KERNELS, sums
+    streams = sorted(agreement(*case) for case in (("apply", "relu"), ("apply", "add + relu"), ("input", "relu")))
+    assert f"streamed they are {streams[0]} to\n  {streams[-1]}" in KERNELS, streams
+
+
+def test_memory():
+    rows = results("memory")["rows"]
+    pages = {name: (ROOT / name / "README.md").read_text(encoding="utf-8") for name in (".", "jbn")}
+    networks = {row["network"]: {} for row in rows}
+    for row in rows:
+        networks[row["network"]][row["candidate"]] = row
+    ratios = {name: [] for name in ("plan", "planned", "fused", "policy", "InPlace-ABN", "over InPlace-ABN")}
+    for network, of in networks.items():
+        flax, ours, fused, policy, torch, in_place = of.values()
+        saved = [memory.gib(row["saved_bytes"]) for row in of.values()]
+        for name, row in of.items():
+            cells = (memory.gib(row[f"{kind}_bytes"]) for kind in ("saved", "planned", "peak"))
+            assert f"| {name} | {' | '.join(cells)} |" in EXPERIMENTS
+        batch, size, *_ = results("memory")["configuration"]["images"][network]
+        assert f"| {network}, {batch}×{size}² | {' | '.join(saved)} |" in pages["."]
+        assert f"| {network} | {saved[4]} | {saved[5]} | {saved[2]} | {saved[3]} |" in pages["jbn"]
+        ratios["plan"].append(ours["planned_bytes"] / flax["planned_bytes"])
+        ratios["planned"].append(policy["planned_bytes"] / fused["planned_bytes"])
+        ratios["fused"].append(fused["saved_bytes"] / torch["saved_bytes"])
+        ratios["policy"].append(policy["saved_bytes"] / fused["saved_bytes"])
+        ratios["InPlace-ABN"].append(100 - 100 * in_place["saved_bytes"] / torch["saved_bytes"])
+        ratios["over InPlace-ABN"].append(policy["saved_bytes"] / in_place["saved_bytes"])
+    shown = {name: f"{min(each):.2f} to {max(each):.2f}×" for name, each in ratios.items()}
+    assert (
+        f"for a CPU: jbn {shown['plan']} of Flax's. The policy\n  shows no gain there ({shown['planned']})"
+        in EXPERIMENTS
+    )
+    assert f"keeps what PyTorch does, {shown['fused']} of it" in EXPERIMENTS
+    assert f"the inputs alone:\n  {shown['policy']} of fused" in EXPERIMENTS
+    percent = f"{min(ratios['InPlace-ABN']):.0f} to {max(ratios['InPlace-ABN']):.0f} %"
+    assert (
+        f"InPlace-ABN saves {percent} of\n" in EXPERIMENTS
+        and f"keeps {shown['over InPlace-ABN']} of what" in EXPERIMENTS
+    )
+    flax, kernels, saving = lines("flight2", "step")
+    assert f"to {saving['peak_bytes'] / kernels['peak_bytes']:.2f}×, as parameters" in EXPERIMENTS
+    ms = f"{saving['us'] / 1e3:.1f} ms\n  with the policy and {kernels['us'] / 1e3:.1f} without"
+    assert ms in pages["jbn"] and f"so {100 - 100 * kernels['us'] / saving['us']:.0f} % of the step" in pages["jbn"]

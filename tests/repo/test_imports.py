@@ -66,11 +66,12 @@ INTERNAL = {  # what JAX and Flax do not promise, though an underscore is missin
     *("cond_nconsts", "body_nconsts", "cond_jaxpr", "body_jaxpr"),
 }
 FLIGHT = "experiments.benchmarks.gpu.flight"  # launches them itself
+BINARIES = {"experiments.benchmarks.binaries", "experiments.benchmarks.in_flight"}
 ONLY_THESE = {  # package: who may import it
     "flax": FLAX,
     "jax_triton": {"jbn._op.jax_triton"},
     "jbn._op.jax_triton": {"jbn._op.triton"},
-    "jbn.kernels": {"jbn._op.triton", "jbn.kernels", "experiments.benchmarks.binaries", FLIGHT},
+    "jbn.kernels": {"jbn._op.triton", "jbn.kernels", *BINARIES, FLIGHT},
     "triton": {"jbn._op.triton", "jbn.kernels", FLIGHT},
     "jax._src": {INTERNALS},
     "optax": {"experiments"},
@@ -218,10 +219,10 @@ def test_surface():
     want = {
         jbn.bn_init: "(num_features, *, use_scale=True, use_bias=True, dtype)",
         jbn.bn_train: "(params, state, x, *, axis=-1, momentum=0.99, epsilon=1e-05, mask=None, residual=None, "
-        "activation=None, dtype=None, virtual_batch_size=None, unbiased=False, axis_name=None, "
+        "activation=None, negative_slope=0.01, dtype=None, virtual_batch_size=None, unbiased=False, axis_name=None, "
         "axis_index_groups=None, implementation=None, renorm=None)",
         jbn.bn_eval: "(params, state, x, *, axis=-1, epsilon=1e-05, residual=None, activation=None, "
-        "dtype=None, implementation=None)",
+        "negative_slope=0.01, dtype=None, implementation=None)",
         jbn.moments: "(x, *, axis=-1, mask=None, axis_name=None)",
     }
     for function, signature in want.items():

@@ -121,7 +121,7 @@ PROBLEMS = {
     "mask, virtual batches, hard_swish": Case((4, 3, 2), mask=(0,), activation="hard_swish", virtual_batch_size=2),
     "residual, relu6, no bias": Case((6, 2), residual=True, activation="relu6", bias=False),
     "mask, leaky_relu, no parameters": Case((6, 2), -1, (0, 1), False, False, "leaky_relu", scale=False, bias=False),
-    "eval": Case((5, 2), residual=True, activation="silu"),
+    "eval": Case((5, 2), residual=True, activation="gelu_exact"),
 }
 
 

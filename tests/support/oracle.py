@@ -4,6 +4,7 @@ It shares nothing with the code under test. `backward` is the analytic gradient;
 against finite differences of `forward`.
 """
 
+import math
 from typing import NamedTuple
 
 import ml_dtypes
@@ -20,7 +21,7 @@ def _sigmoid(z):
     return 0.5 * (1 + np.tanh(z / 2))
 
 
-ACTIVATIONS = {  # name: (value, derivative)
+ACTIVATIONS = {  # name: (value, derivative); those that other files cross with all options
     None: (lambda z: z, lambda z: np.ones_like(z)),
     "relu": (lambda z: np.maximum(z, 0), lambda z: (z > 0) * 1.0),
     "relu6": (lambda z: np.clip(z, 0, 6), lambda z: ((z > 0) & (z < 6)) * 1.0),
@@ -31,6 +32,39 @@ ACTIVATIONS = {  # name: (value, derivative)
         lambda z: np.where(z <= -3, 0.0, np.where(z >= 3, 1.0, (2 * z + 3) / 6)),
     ),
 }
+
+
+def _by_tanh(z):
+    return 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))
+
+
+def _by_erf(z):
+    return 0.5 * np.vectorize(math.erfc, otypes=[float])(-z / np.sqrt(2))
+
+
+def _of_softplus(z):
+    return np.tanh(np.logaddexp(0, z))
+
+
+MORE_ACTIVATIONS = {
+    "gelu": (
+        lambda z: z * _by_tanh(z),
+        lambda z: _by_tanh(z) * (1 + 2 * z * (1 - _by_tanh(z)) * np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * z**2)),
+    ),
+    "gelu_exact": (
+        lambda z: z * _by_erf(z),
+        lambda z: _by_erf(z) + z * np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi),
+    ),
+    "mish": (
+        lambda z: z * _of_softplus(z),
+        lambda z: _of_softplus(z) + z * (1 - _of_softplus(z) ** 2) * _sigmoid(z),
+    ),
+    "elu": (lambda z: np.where(z > 0, z, np.expm1(z)), lambda z: np.where(z > 0, 1, np.exp(z))),
+    "sigmoid": (_sigmoid, lambda z: _sigmoid(z) * _sigmoid(-z)),
+    "tanh": (np.tanh, lambda z: 1 - np.tanh(z) ** 2),
+    "leaky_relu(0.2)": (lambda z: np.where(z > 0, z, 0.2 * z), lambda z: np.where(z > 0, 1, 0.2)),
+}
+EVERY_ACTIVATION = ACTIVATIONS | MORE_ACTIVATIONS
 
 
 def f64(a):
@@ -65,7 +99,7 @@ def bn_train(
     with np.errstate(invalid="ignore", over="ignore"):
         xhat, *_ = _normalized(x, mean, var, axis, epsilon, mask, virtual_batch_size)
         z = _back(_affine(xhat, scale, bias), x, axis) + (0 if residual is None else residual)
-        y = ACTIVATIONS[activation][0](z)
+        y = EVERY_ACTIVATION[activation][0](z)
     n, batch_mean, m2 = moments(x, axis, mask)
     batch_var = m2 / np.maximum(n - 1 if unbiased else n, 1)
     weight = np.where(n > 0, momentum, 1)  # nothing valid: the state stays
@@ -106,7 +140,7 @@ def bn_train_grads(
         if not given:  # a masked NaN or Inf is nothing in derivatives
             xhat = np.where(valid | np.isfinite(_grouped(x, axis, virtual_batch_size)), xhat, 0)
         z = _back(_affine(xhat, scale, bias), x, axis) + (0 if residual is None else residual)
-        dz = dy * ACTIVATIONS[activation][1](z)
+        dz = dy * EVERY_ACTIVATION[activation][1](z)
         if activation in ("relu", "relu6"):  # which lets through or not: what it does not is not even NaN
             dz = np.where(ACTIVATIONS[activation][1](z) > 0, dz, 0)
     g = _grouped(dz, axis, virtual_batch_size)

@@ -13,6 +13,13 @@ ACTIVATIONS = {
     "leaky_relu": jax.nn.leaky_relu,
     "silu": jax.nn.silu,
     "hard_swish": jax.nn.hard_swish,
+    "gelu": jax.nn.gelu,
+    "gelu_exact": lambda z: jax.nn.gelu(z, approximate=False),
+    "mish": jax.nn.mish,
+    "elu": jax.nn.elu,
+    "sigmoid": jax.nn.sigmoid,
+    "tanh": jnp.tanh,
+    "leaky_relu(0.2)": lambda z: jax.nn.leaky_relu(z, 0.2),
 }
 
 
