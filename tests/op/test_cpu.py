@@ -40,7 +40,7 @@ CUT = [  # shape, axis, parts of plain numbers and where an activation's derivat
     ((15, 7, 7, 64), -1, 21, 7),
     ((2**22, 8), -1, 32, 8),
     ((30, 64, 28, 28), 1, 30, 10),
-    ((8, 4, 5, 128), 2, 32, 8),
+    ((16, 4, 5, 128), 2, 32, 8),
 ]
 
 
