@@ -166,10 +166,19 @@ def test_kernels_know_no_jax():
             assert not any(i.split(".")[0] in ("jax", "jax_triton", "numpy", "flax") for i in imports), module
 
 
-def test_the_base_import_is_light():
-    code = "import sys, jbn; print(*{m.split('.')[0] for m in sys.modules} & {'flax', 'triton', 'jax_triton', 'optax'})"
+@pytest.mark.parametrize("module", ["jbn", "jbn.linen", "jbn.nnx"])
+def test_imports_are_light(module):
+    """They load none of these, Flax where it is asked for alone, and compute nothing."""
+    code = f"""
+import sys, {module}
+from jax._src import xla_bridge
+heavy = {{"flax", "triton", "jax_triton", "optax", "torch", "matplotlib"}}
+if "{module}" != "jbn":
+    heavy -= {{"flax", "optax"}}  # the one brings the other
+print(*heavy & {{m.split(".")[0] for m in sys.modules}}, xla_bridge.backends_are_initialized())
+"""
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == ""
+    assert out.stdout.strip() == "False"
 
 
 def test_what_jax_triton_does_to_the_environment_is_undone():
