@@ -47,15 +47,15 @@ class Problem(NamedTuple):
     bias: bool = True
     residual: bool = False
     activation: str | None = None
-    negative_slope: float = 0.01  # of leaky_relu
     mask: Mask | None = None
     weight: bool = False  # sums are divided by data, not by the count
     centred: bool = True  # the statistics are x's own
+    negative_slope: float = 0.01  # of leaky_relu
 
 
 ABSENT = Output((1,), "float32")
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
-LONG = ("gelu", "gelu_exact", "mish", "elu", "tanh")  # activations whose derivatives take registers of their own
+LONG = ("gelu", "gelu_exact", "mish", "elu", "tanh")  # activations whose expressions take registers of their own
 
 
 def moments(problem: Problem, processors: int, tiling: Tiling | None = None) -> Launch:
@@ -86,7 +86,7 @@ def apply(problem: Problem, dtype: str, processors: int, tiling: Tiling | None =
     if view.inner == 1:
         resident, tiling = 4, tiling or stream(view, ITEMSIZE[problem.dtype])
     else:
-        resident = 3
+        resident = 2 if problem.activation in LONG else 3
         tiling = tiling or _tiling(problem._replace(mask=None), processors, 4096, resident)
     numbers = _numbers(view, tiling)
     constants = _constants(view, tiling) | dict(

@@ -140,15 +140,15 @@ def bn_train(
 
     Source: Ioffe, Szegedy (2015), Batch Normalization, algorithm 1 (https://arxiv.org/abs/1502.03167).
     """
-    activation, outside = checks.check_activation(activation, negative_slope)
-    plan, *arrays = _prepare(params, state, x, axis, epsilon, residual, activation, dtype, implementation)
+    inside, outside = checks.check_activation(activation, negative_slope)
+    plan, *arrays = _prepare(params, state, x, axis, epsilon, residual, inside, dtype, implementation)
     *_, x, _, residual = arrays
     mask = checks.check_mask(mask, x)
     momentum = checks.check_between("momentum", momentum, 0, 1)
     sync = checks.check_names(axis_name, axis_index_groups)
     virtual = check_virtual(virtual_batch_size, x, plan.channel, sync)
     renorm = check_renorm(renorm)
-    plan = plan._replace(centred=True, options=Options.of(activation, residual, mask))
+    plan = plan._replace(centred=True, options=Options.of(inside, residual, mask))
     known = isinstance(momentum, float | int)
     count = row_count(plan, x)
     mixes = mask is None and isinstance(count, int) and count > 0 and known and _TINY <= momentum < 1
@@ -177,8 +177,8 @@ def bn_eval(
 
     Source: Ioffe, Szegedy (2015), Batch Normalization, algorithm 2 (https://arxiv.org/abs/1502.03167).
     """
-    activation, outside = checks.check_activation(activation, negative_slope)
-    arguments = _prepare(params, state, x, axis, epsilon, residual, activation, dtype, implementation)
+    inside, outside = checks.check_activation(activation, negative_slope)
+    arguments = _prepare(params, state, x, axis, epsilon, residual, inside, dtype, implementation)
     return called(outside, _eval(*arguments))
 
 

@@ -95,7 +95,7 @@ def _activation(module: Any) -> str | None:
     return ACTIVATIONS.get(kind)
 
 
-def _options(encoded: str) -> str:
+def _options(encoded: str | None) -> str:
     """An activation as a layer is given it."""
     name, slope = decoded(encoded)
     return f"activation={name!r}" + (f", negative_slope={slope}" if name == "leaky_relu" else "")
