@@ -101,7 +101,7 @@ def _shared(function: Callable) -> Any:
     def run(*flat, tree, plan):
         return _run(function, *flat, tree=tree, plan=plan)
 
-    run.__name__ = run.__qualname__ = f"bn_{function.__name__}"
+    run.__name__ = run.__qualname__ = f"bn_{function.__name__.lstrip('_')}"
     return jax.jit(run, static_argnames=("tree", "plan"))
 
 

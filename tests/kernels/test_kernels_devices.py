@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from hlo import in_order
 from jax._src.interpreters import mlir
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -84,9 +85,9 @@ def test_kernels_are_called_on_the_part_of_a_device(way, devices):
         text = f.trace(*given).lower(lowering_platforms=("cuda",)).as_text()
     calls = re.findall(r"custom_call @triton_kernel_call\(.*? : \((tensor<[^,)]*>)", text)
     assert calls == [LOCAL] * 4
-    order = re.findall(r"triton_kernel_call|stablehlo\.(all_\w+)", text)
-    called = [place for place, collective in enumerate(order) if not collective]
-    assert order[called[0] : called[1]] == ["", "all_gather"]
+    order = [step for step in in_order(text) if step == "triton_kernel_call" or step.startswith("all_")]
+    called = [place for place, step in enumerate(order) if step == "triton_kernel_call"]
+    assert order[called[0] : called[1]] == ["triton_kernel_call", "all_gather"]
     assert "all_reduce" in order[called[2] : called[3]]
 
 

@@ -9,7 +9,7 @@ COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|all-to-all|collective-p
 NUMBERS = 64  # bytes of a float32 vector over the channels: 4 · NUMBERS
 
 FUNCTION = re.compile(r"^  func\.func \w+ @(\S+?)\(.*?^  \}", re.DOTALL | re.MULTILINE)
-OPERATION = re.compile(r"= \"?(?:stablehlo|chlo)\.(\w+)|\bcall @([\w.]+)\(")
+OPERATION = re.compile(r"= \"?(?:stablehlo|chlo)\.(?:custom_call @)?(\w+)|\bcall @([\w.]+)\(")
 
 
 def collectives(compiled) -> list[tuple[str, int]]:
@@ -23,13 +23,14 @@ def collectives(compiled) -> list[tuple[str, int]]:
 
 def operations(lowered) -> Counter:
     """How often each StableHLO operation is there once every call is replaced by what it calls, as XLA does."""
-    text = lowered.as_text()
+    return Counter(in_order(lowered.as_text()))
+
+
+def in_order(text: str) -> list[str]:
+    """The operations of such a program one by one, a custom call by its target."""
     bodies = {match[1]: OPERATION.findall(match[0]) for match in FUNCTION.finditer(text)}
 
-    def count(name: str) -> Counter:
-        total = Counter()
-        for operation, called in bodies[name]:
-            total += count(called) if called else Counter([operation])
-        return total
+    def of(name: str) -> list[str]:
+        return [step for operation, called in bodies[name] for step in (of(called) if called else [operation])]
 
-    return count("main")
+    return of("main")
