@@ -2,6 +2,7 @@
 
 import inspect
 import pydoc
+import re
 import subprocess
 import sys
 import tomllib
@@ -45,7 +46,8 @@ def test_help_shows_what_the_constructors_take(door, flax):
     """Flax's arguments and ours by name, with their defaults, in the class and its subclasses; calls stay theirs."""
     signature = inspect.signature(door.BatchNorm)
     assert not any(word in str(signature) for word in ("Union", "_src", "jaxlib", "*args", "**")), signature
-    assert str(signature) in pydoc.render_doc(door.BatchNorm, renderer=pydoc.plaintext)
+    shown = pydoc.render_doc(door.BatchNorm, renderer=pydoc.plaintext)  # from Python 3.13 on a line each
+    assert re.sub(r"[\s|]", "", str(signature)) in re.sub(r"[\s|]", "", shown)
     theirs = dict(list(inspect.signature(flax.BatchNorm.__init__).parameters.items())[1:])
     ours = {"activation", "virtual_batch_size", "unbiased", "implementation", "renorm", "r_max", "d_max"}
     assert signature.parameters.keys() == theirs.keys() | ours
