@@ -70,7 +70,7 @@ def test_beyond_32_bits(view):
     for name, (launch, arrays) in representative(view, "bfloat16").items():
         if name in ("moments", "apply", "sums, relu", "input, relu"):
             assert launch.constants["WIDE"]
-            check("wide", "bfloat16", name, launch, compile_launch(launch, arrays, "sm_90"))
+            check("wide", "bfloat16", name, launch, binaries.compile_launch(launch, arrays, "sm_90"))
 
 
 def test_the_command_shows_every_binary(tmp_path):
