@@ -1,21 +1,23 @@
 """Eight CPU devices, set before jax is imported; JBN_TEST_GPU=1 leaves the platform to jax.
 
 XLA's compiling is most of the tests' time and, on a CPU, how it is done changes nothing but speed and last digits:
-LLVM's optimizations are off, and jaxlib 0.10 emits fusions the old way, in a third of the time (later ones have one
-way). Only the files in `OPTIMIZED`, whose question is digits in single and half precision, are compiled as users'
-programs are.
+LLVM's optimizations are off, and fusions are emitted the quicker way, where there are two (`emitters`). Only the files
+in `OPTIMIZED`, whose question is digits in single and half precision, are compiled as users' programs are.
 """
 
+import gc
 import importlib.metadata
 import os
 from pathlib import Path
 
+import emitters
+
 if not os.environ.get("JBN_TEST_GPU"):
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8" + emitters.FLAGS
+    )
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # of the processes that tests start too
-    if importlib.metadata.version("jaxlib").startswith("0.10."):
-        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 
 import driver
 import jax
@@ -27,9 +29,6 @@ from jax._src import compiler
 from jbn._op import dispatch, tables
 
 plugin.install()
-# XLA's own values of what is set above
-USERS = {"xla_cpu_use_fusion_emitters": True, "xla_cpu_parallel_codegen_split_count": 32}
-IS_SET = "xla_cpu_use_fusion_emitters" in os.environ.get("XLA_FLAGS", "")
 OPTIMIZED = {f"test_{name}" for name in ("cpu", "edges", "functional", "gradients", "moments", "numerics", "pieces")}
 # What they show depends on Triton alone, neither on JAX nor on Python: of several Pythons that .ci/run tests with one
 # release of Triton the first runs them.
@@ -60,6 +59,16 @@ def _tested() -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def few_collections():
+    """Tracing makes many objects, few of them garbage in cycles, among millions that a collection would walk."""
+    gc.collect()
+    gc.freeze()  # what imports and pytest have made
+    gc.set_threshold(50_000, 20, 20)
+    yield
+    gc.unfreeze()  # Triton's types complain of what is left when Python ends
+
+
+@pytest.fixture(scope="session", autouse=True)
 def kept_files(tmp_path_factory):
     """The folder of `kept`: one that .ci/run gives to every Python, or one for this run.
 
@@ -69,6 +78,10 @@ def kept_files(tmp_path_factory):
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     kept.folder = Path(KEPT or shared / "kept")
     kept.folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        if not driver.ON_GPU:
+            driver.compile_once(patch)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -88,14 +101,8 @@ def optimizations(request):
     with pytest.MonkeyPatch.context() as patch:
         if wanted and not driver.ON_GPU:
             jax.clear_caches()  # of what was compiled for other files
-        if wanted and IS_SET:
-            patch.setattr(compiler, "get_compile_options", as_users_do)
+            patch.setattr(compiler, "get_compile_options", emitters.as_users_do(compiler.get_compile_options))
         yield
-
-
-def as_users_do(*args, env_options_overrides=None, get=compiler.get_compile_options, **options):
-    """Options to compile with, as if XLA_FLAGS said nothing of how fusions are emitted."""
-    return get(*args, env_options_overrides=USERS | (env_options_overrides or {}), **options)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import emitters
 import jax
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from experiments.framework.record import Options
 
 ROOT = Path(__file__).parents[2]
 COMMAND = ["distributed", "--quick", "--processes=2"]
-TWO_DEVICES = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+TWO_DEVICES = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2" + emitters.FLAGS}
 
 
 @pytest.fixture

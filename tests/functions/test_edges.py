@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import Case, Inputs, draw, evaluate, positional, train
+from cases import Case, Inputs, draw, evaluate, jitted, positional, train
 from oracle import ACTIVATIONS, assert_close, assert_state
 
 import jbn
@@ -17,17 +17,17 @@ pytestmark = pytest.mark.usefixtures("strict", "implementation")
 def test_empty_batch_leaves_the_state(shape, axis):
     case = Case(shape, axis)
     inputs = draw(case)
-    y, state = jax.jit(train(case))(*inputs)
+    y, state = jitted(train, case)(*inputs)
     assert y.shape == shape
     assert_same_bits(state, inputs.state)
-    assert jax.jit(evaluate(case))(inputs.arrays, inputs.state).shape == shape
+    assert jitted(evaluate, case)(inputs.arrays, inputs.state).shape == shape
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_nothing_valid_is_inference(momentum):
     case = Case((6, 3), mask=(0,), momentum=momentum)
     inputs = draw(case)._replace(mask=np.zeros((6, 1), bool))
-    y, state = jax.jit(train(case))(*inputs)
+    y, state = jitted(train, case)(*inputs)
     assert_close(y, oracle.bn_eval(*positional(inputs), **case.eval_options), factor=5, axis=case.axis)
     assert_same_bits(state, inputs.state)
 
@@ -57,7 +57,7 @@ def test_what_has_no_weight_is_left_out(momentum, traced, bad):
 def test_one_row_is_its_own_mean():
     case = Case((1, 3), momentum=0.0)
     inputs = draw(case)
-    y, state = jax.jit(train(case))(*inputs)
+    y, state = jitted(train, case)(*inputs)
     np.testing.assert_array_equal(y[0], inputs.arrays["bias"])
     np.testing.assert_array_equal(state.mean, inputs.arrays["x"][0])
     np.testing.assert_array_equal(state.var, 0)
@@ -69,7 +69,7 @@ def test_a_bad_channel_touches_no_other(case, bad):
     inputs = draw(case)
     spoiled = inputs.arrays | {"x": spoil(inputs.arrays["x"], case.axis, bad)}
     others = np.array([0, 2])
-    f, g = jax.jit(train(case)), jax.jit(evaluate(case))
+    f, g = jitted(train, case), jitted(evaluate, case)
     (y, state), (clean_y, clean_state) = f(spoiled, inputs.state), f(inputs.arrays, inputs.state)
     evaluated = g(spoiled, inputs.state), g(inputs.arrays, inputs.state)
     for got, want in ((y, clean_y), evaluated):
@@ -94,7 +94,7 @@ def test_what_is_masked_touches_no_other(act, bad):
     inputs.mask[0], inputs.mask[3, 1] = False, False  # a first row is where a pivot would be taken from
     x, residual = (np.where(inputs.mask, inputs.arrays[k], bad) for k in ("x", "residual"))
     inputs = Inputs(inputs.arrays | {"x": x, "residual": residual}, *inputs[1:])
-    y, state = jax.jit(train(case))(*inputs)
+    y, state = jitted(train, case)(*inputs)
     want = oracle.bn_train(*positional(inputs), mask=inputs.mask, residual=residual, **case.options)
     assert_close(np.where(inputs.mask, y, 0), np.where(inputs.mask, want.y, 0), n=case.rows, factor=5)
     assert_state(state, want, n=case.rows)
@@ -103,7 +103,7 @@ def test_what_is_masked_touches_no_other(act, bad):
 def test_same_executable_same_bits():
     case = Case((512, 7), mask=(0,), residual=True, activation="silu")
     inputs = draw(case)
-    f = jax.jit(train(case))
+    f = jitted(train, case)
     assert_same_bits(f(*inputs), f(*inputs))
 
 

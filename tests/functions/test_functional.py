@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
-from cases import Case, draw, evaluate, positional, precision, train
+from cases import Case, draw, evaluate, jitted, positional, precision, train
 from oracle import ACTIVATIONS, assert_close, assert_state
 
 import jbn
@@ -72,15 +72,15 @@ def coarser(a, b):
 def test_train(name):
     case = CASES[name]
     inputs = draw(case)
-    check_train(case, inputs, jax.jit(train(case))(*inputs))
+    check_train(case, inputs, jitted(train, case)(*inputs))
 
 
 @pytest.mark.parametrize("rank, axis", [(r, axis) for r in range(1, 6) for axis in range(-r, r)], ids=lambda v: f"{v}")
 def test_every_rank_and_axis(rank, axis):
     case = Case(DIMENSIONS[:rank], axis, tuple(range(rank)), residual=True, activation="leaky_relu")
     inputs = draw(case, seed=rank)
-    check_train(case, inputs, jax.jit(train(case))(*inputs))
-    got = jax.jit(evaluate(case))(inputs.arrays, inputs.state)
+    check_train(case, inputs, jitted(train, case)(*inputs))
+    got = jitted(evaluate, case)(inputs.arrays, inputs.state)
     residual = inputs.arrays["residual"]
     want = oracle.bn_eval(*positional(inputs), residual=residual, **case.eval_options)
     assert_close(got, want, factor=5, axis=case.axis)
@@ -90,7 +90,7 @@ def test_every_rank_and_axis(rank, axis):
 def test_eval(name):
     case = CASES[name]
     inputs = draw(case)
-    got = jax.jit(evaluate(case))(inputs.arrays, inputs.state)
+    got = jitted(evaluate, case)(inputs.arrays, inputs.state)
     residual = inputs.arrays.get("residual")
     want = oracle.bn_eval(*positional(inputs), residual=residual, **case.eval_options)
     assert_close(got, want, factor=5, axis=case.axis)
@@ -115,8 +115,8 @@ def test_dtypes(x_dtype, dtype):
     case = Case((8, 4, 3), mask=(0, 1), residual=True, activation="hard_swish")
     inputs = draw(case, x_dtype)
     with precision(F64 if F64 in (x_dtype, dtype) else F32):
-        check_train(case, inputs, jax.jit(train(case, dtype=dtype))(*inputs), dtype)
-        y = jax.jit(evaluate(case, dtype=dtype))(inputs.arrays, inputs.state)
+        check_train(case, inputs, jitted(train, case, dtype=dtype)(*inputs), dtype)
+        y = jitted(evaluate, case, dtype=dtype)(inputs.arrays, inputs.state)
     want = oracle.bn_eval(*positional(inputs), residual=inputs.arrays["residual"], **case.eval_options)
     assert y.dtype == (dtype or x_dtype)
     assert_close(y, want, coarser(y.dtype, F64 if x_dtype == F64 else F32), factor=5)
@@ -128,7 +128,7 @@ def test_state_keeps_its_dtype(dtype):
     inputs = draw(case)
     inputs = inputs._replace(state=jbn.BNState(*(a.astype(dtype) for a in inputs.state)))
     with precision(dtype):
-        check_train(case, inputs, jax.jit(train(case))(*inputs))
+        check_train(case, inputs, jitted(train, case)(*inputs))
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16, F64], ids=str)
@@ -138,7 +138,7 @@ def test_parameters_of_another_dtype_than_x(dtype):
     for name in ("scale", "bias"):
         inputs.arrays[name] = inputs.arrays[name].astype(dtype)
     with precision(dtype):
-        check_train(case, inputs, jax.jit(train(case))(*inputs))
+        check_train(case, inputs, jitted(train, case)(*inputs))
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16, F32, F64], ids=str)

@@ -42,7 +42,7 @@ def test_torchvision(network):
     assert list(back) == list(tensors)
     for name, value in back.items():
         if not name.endswith("num_batches_tracked"):
-            np.testing.assert_array_equal(value, tensors[name])
+            assert np.array_equal(value, tensors[name]), name
 
 
 RESNET50 = torchvision_reference.draw(REFERENCE["resnet50"]["shapes"])

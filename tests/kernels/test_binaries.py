@@ -85,7 +85,7 @@ def test_beyond_32_bits(view):
     for name, (launch, arrays) in representative(view, "bfloat16").items():
         if name in ("moments", "apply", "sums, relu", "input, relu"):
             assert launch.constants["WIDE"]
-            check("wide", "bfloat16", name, launch, compile_launch(launch, arrays, "sm_90"))
+            check("wide", "bfloat16", name, launch, binaries.compile_launch(launch, arrays, "sm_90"))
 
 
 def test_bytes_in_flight_follow_from_tile_and_residents():

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import emitters
 import jax
 import numpy as np
 import pytest
@@ -157,7 +158,7 @@ def test_script_over_processes(tmp_path):
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2" + emitters.FLAGS,
         "PYTHONPATH": str(ROOT),
         "JAX_COORDINATOR_PORT": str(port),
         "OMPI_MCA_orte_hnp_uri": f"1.0;tcp://127.0.0.1:{port}",

@@ -1,5 +1,6 @@
 """Option sets, inputs for them, and the two ways to call batch norm on those inputs."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -100,6 +101,12 @@ def evaluate(case, bn=jbn, **more):
         return bn.bn_eval(params, state, arrays["x"], residual=residual, **case.eval_options, **more)
 
     return f
+
+
+@functools.cache
+def jitted(make, case, **more):
+    """What `train` or `evaluate` makes of a case, compiled once however many inputs it is given."""
+    return jax.jit(make(case, **more))
 
 
 def positional(inputs):
