@@ -34,7 +34,7 @@ def compiled():
     """Yields a list that grows by each program that is compiled inside."""
     found = []
 
-    def listener(event, _, **about):
+    def listener(event: str, duration_secs: float, **about: str | int):
         if event == "/jax/core/compile/backend_compile_duration":
             found.append(about)
 
