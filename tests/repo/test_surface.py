@@ -49,11 +49,12 @@ def test_help_shows_what_the_constructors_take(door, flax):
     shown = pydoc.render_doc(door.BatchNorm, renderer=pydoc.plaintext)  # from Python 3.13 on a line each
     assert re.sub(r"[\s|]", "", str(signature)) in re.sub(r"[\s|]", "", shown)
     theirs = dict(list(inspect.signature(flax.BatchNorm.__init__).parameters.items())[1:])
-    ours = {"activation", "virtual_batch_size", "unbiased", "implementation", "renorm", "r_max", "d_max"}
-    assert signature.parameters.keys() == theirs.keys() | ours
+    ours = dict.fromkeys(("activation", "virtual_batch_size", "implementation"))
+    ours |= dict(unbiased=False, renorm=False, r_max=None, d_max=None, negative_slope=0.01)
+    assert signature.parameters.keys() == theirs.keys() | ours.keys()
     for name, parameter in signature.parameters.items():
         assert parameter.annotation is not parameter.empty
-        assert parameter.default is theirs[name].default if name in theirs else not parameter.default
+        assert parameter.default is theirs[name].default if name in theirs else parameter.default == ours[name]
 
     class Narrow(door.BatchNorm):
         pass
