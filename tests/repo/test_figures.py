@@ -5,7 +5,11 @@ import math
 import re
 from pathlib import Path
 
+import pytest
+
+from experiments.benchmarks import overhead
 from experiments.framework import report
+from experiments.framework.record import Results
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments/results"
@@ -31,6 +35,13 @@ def mean(values):
 def test_claims():
     [shown] = re.findall(r"<!-- claims -->\n(.*?)<!-- /claims -->", EXPERIMENTS, re.DOTALL)
     assert shown == report.markdown(report.read(RESULTS / "cpu"))
+
+
+@pytest.mark.parametrize("benchmark", [overhead], ids=["overhead"])
+def test_tables_of_benchmarks(benchmark):
+    name = benchmark.__name__.rpartition(".")[2]
+    [shown] = re.findall(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", EXPERIMENTS, re.DOTALL)
+    assert shown == benchmark.markdown(Results.read(RESULTS / f"cpu/{name}.json"))
 
 
 def test_speed():
