@@ -260,7 +260,7 @@ def test_in_a_browser(tmp_path, width, scheme):
     found = looked_at(page, width, scheme, tmp_path / "profile")
     assert (found["over"], found["wide"]) == (0, [])
     assert found["drawings"] == len(records) + len(report.read_jobs(COMMITTED))
-    assert found["smallest"] > 0.6  # of the size drawn, at which most text has 8 or 9 points
+    assert found["smallest"] > 0.85  # of the size drawn, at which most text has 8 or 9 points
     light, dark = ("paper", "ink") if scheme == "light" else ("ink", "paper")
     assert found[light] > 0.85 and found[dark] < 0.15
 
