@@ -146,8 +146,8 @@ def figure(results: Results) -> Any:
     told = results.configuration
     rates, total = told["learning_rates"], told["steps"]
     rows = {(row["network"], row["learning_rate"]): row for row in results.rows}
-    fig = plt.figure(figsize=(10, 6.6), layout="constrained")
-    title = f"A small CNN on MNIST digits, {total} steps of SGD, {told['seeds']} seeds"
+    fig = plt.figure(figsize=(9.2, 6.6), layout="constrained")
+    title = f"A small CNN on MNIST digits, {total} steps, {told['seeds']} seeds"
     fig.suptitle(title, x=0.005, ha="left")
     above, below = fig.subfigures(2, 1, height_ratios=(1, 1.15), hspace=0.03)
 
@@ -160,13 +160,11 @@ def figure(results: Results) -> Any:
                 curves = 100 * np.array(rows[network, rate]["test_accuracy"])
                 steps = told["evaluate_every"] * np.arange(1, curves.shape[1] + 1)
                 band(axes, steps, curves.mean(0), curves.std(0, ddof=1), color)
-        axes.set(xlim=(0, total), ylim=(0, 100), xticks=(0, total // 2, total))
+        axes.set(xlabel="training steps", xlim=(0, total), ylim=(0, 100), xticks=(0, total // 2, total))
     panels[0].set_ylabel("test accuracy / %")
     panels[-1].text(total, 100 * TARGET + 1.5, f"{TARGET:.0%}", color=GREY, ha="right", fontsize="small")
     panels[0].text(0.97 * total, 74, "batch norm", color=BLUE, ha="right", weight="bold")
     panels[0].text(0.97 * total, 3, "no norm", color=VERMILION, ha="right", weight="bold")
-    above.supxlabel("training steps", fontsize="medium")
-
     final, speed = below.subplots(1, 2)
     never = 1.1 * total  # where the seeds that did not reach the target are drawn
     for network, color, shift in zip(NORM_COLORS, NORM_COLORS.values(), (0.91, 1.1), strict=True):
@@ -191,8 +189,8 @@ def figure(results: Results) -> Any:
     speed.set_yticks([*ticks, never], [*(f"{tick:g}" for tick in ticks), "not reached"])
     speed.set(ylabel="training steps", ylim=(0, 1.15 * total))
     caption = (
-        "Above: mean ± standard deviation over seeds. "
-        "Below: a dot for each seed, a line through the means (of steps: over the seeds that reached the target)."
+        "Above: mean ± standard deviation over seeds. Below: a dot for each\n"
+        "seed, a line through the means (of steps: over the seeds that\nreached the target)."
     )
     below.supxlabel(caption, x=0.005, ha="left", fontsize="small", color=GREY)
     return fig

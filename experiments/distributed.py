@@ -176,6 +176,11 @@ def start(processes: int, options: Options) -> dict[str, Any]:
             for process in running:
                 process.kill()
                 process.wait()
+        if options.quick:  # each tells what it took
+            for index, log in enumerate(logs):
+                for line in log.read_text(errors="replace", encoding="utf-8").splitlines():
+                    if line.startswith("took "):
+                        print(f"process {index} {line}")
         return json.loads(Path(folder, "distributed.json").read_text(encoding="utf-8"))["rows"][0]
 
 

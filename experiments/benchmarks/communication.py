@@ -203,7 +203,7 @@ def figure(results: Results) -> Any:
     """
     numbers = sorted({each["devices"] for each in results.rows})
     fig, panels = pyplot().subplots(
-        len(numbers), figsize=(6, 0.7 + 1.05 * len(numbers)), sharex=True, squeeze=False, layout="constrained"
+        len(numbers), figsize=(4.6, 0.9 + 1.05 * len(numbers)), sharex=True, squeeze=False, layout="constrained"
     )
     for axes, devices in zip(panels[:, 0], numbers, strict=True):
         rows = on(results, devices)
@@ -216,6 +216,6 @@ def figure(results: Results) -> Any:
         axes.grid(False)  # no line crosses what is written
         axes.minorticks_off()
     most = max(each["received_bytes"] for each in results.rows) / 1e6
-    panels[-1, 0].set(xlabel="MB received by a device in a step, and in how many collectives", xlim=(0.4, 30 * most))
+    panels[-1, 0].set(xlabel="MB received by a device in a step,\nand in how many collectives", xlim=(0.4, 30 * most))
     panels[-1, 0].xaxis.set_major_formatter("{x:g}")
     return fig

@@ -1,7 +1,6 @@
 """CPU seconds that JAX spends on making programs: tracing, lowering and compiling them."""
 
 import contextlib
-import resource
 import threading
 import time
 from collections.abc import Iterator
@@ -20,14 +19,14 @@ class Compiling:
         self.since = 0.0
         self.lock = threading.Lock()
 
-    def begins(self, event: str, _: float, **__: str | int) -> None:
+    def begins(self, event: str, value: float, **kwargs: str | int) -> None:
         if event.startswith(PREFIX):
             with self.lock:
                 if self.open == 0:
                     self.since = time.process_time()
                 self.open += 1
 
-    def ends(self, event: str, _: float, __: float, **___: str | int) -> None:
+    def ends(self, event: str, start_time: float, end_time: float, **kwargs: str | int) -> None:
         if event.startswith(PREFIX) and self.open:
             with self.lock:
                 self.open -= 1
@@ -48,13 +47,7 @@ def watching() -> Iterator[Compiling]:
         jax.monitoring.unregister_event_time_span_listener(found.ends)
 
 
-def cpu_seconds() -> float:
-    """Of this process since it began, imports included, and of those it started that have ended."""
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.process_time() + children.ru_utime + children.ru_stime
-
-
 def told(found: Compiling) -> str:
-    """A line on what this process has taken."""
-    total = cpu_seconds()
+    """A line on what this process has taken since it began, imports included; one that it started tells its own."""
+    total = time.process_time()
     return f"took {total:.1f} s of CPU, {total - found.seconds:.1f} s of it beyond compiling"

@@ -136,6 +136,8 @@ def samples(axes: Any, drawn: dict[str, dict[str, Any]], **where: Any) -> None:
     """A legend that shows how each line or dot is drawn (text → what `Line2D` takes)."""
     from matplotlib.lines import Line2D
 
+    if "ncols" in where:  # beyond, no phone has room
+        where["ncols"] = min(where["ncols"], 4)
     handles = [Line2D([], [], label=text, **style) for text, style in drawn.items()]
     where = {"frameon": False, "fontsize": 8, "handlelength": 2.2, "borderaxespad": 0.2, **where}
     axes.legend(handles=handles, **where)

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.framework import cutting
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
@@ -75,7 +77,7 @@ class Results:
             paths.append(out / f"{self.name}{suffix}")
             with replacing(paths[-1]) as temporary:
                 # no date inside, so that the same results give the same bytes
-                metadata = {"Date": None, "Coverage": parts(drawn)} if suffix == ".svg" else {}
+                metadata = {"Date": None, "Coverage": cutting.written(cutting.parts(drawn))} if suffix == ".svg" else {}
                 drawn.savefig(temporary, format=suffix[1:], metadata=metadata)
         pyplot.close(drawn)  # which keeps it open otherwise
         return paths
@@ -105,27 +107,6 @@ class Results:
             writer.writeheader()
             writer.writerows(self.rows)
         return paths
-
-
-def parts(figure: Any) -> str:
-    """Where a figure can be cut between panels, in points from the left: a narrow page shows it in these parts.
-
-    A panel that shares its y axis with the one on its left stays with it; what stands over several panels keeps all.
-    """
-    width = round(72 * figure.get_figwidth(), 1)
-    if figure.texts or figure.legends or figure.subfigs or figure.get_suptitle():
-        return f"0 {width}"
-    boxes = sorted(
-        (box.x0, box.x1, axes.yaxis.get_tick_params()["labelleft"])
-        for axes in figure.axes
-        if (box := axes.get_tightbbox()) is not None
-    )
-    cuts, end = [], boxes[0][1] if boxes else 0
-    for low, high, labelled in boxes:
-        if low > end and labelled:
-            cuts.append(round((low + end) / 2 * 72 / figure.dpi, 1))
-        end = max(end, high)
-    return " ".join(map(str, (0, *cuts, width)))
 
 
 @contextlib.contextmanager

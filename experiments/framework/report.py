@@ -8,7 +8,8 @@ import string
 from pathlib import Path
 from typing import Any
 
-from experiments.framework import plots
+from experiments.framework import cutting, plots
+from experiments.framework import devices as gpu
 from experiments.framework.claim import number, shown
 from experiments.framework.record import replacing
 
@@ -85,17 +86,17 @@ def markdown(records: list[dict[str, Any]]) -> str:
 def page(records: list[dict[str, Any]], out: Path) -> str:
     """The whole HTML page: contents, a row for each experiment, then their sections; claims first, then jobs."""
     verdicts = [finding["verdict"] for record in records for finding in record["summary"]["findings"].values()]
-    jobs = read_jobs(out)
+    jobs, devices = read_jobs(out), gpu.devices(out.parent / "gpu")
     return string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         tally=", ".join(f"{count} {verdict}" for verdict, count in counts(verdicts).items()),
         claims=len(verdicts),
         experiments=len(records),
         took=duration(sum(record["seconds"] for record in records)),
         rows="\n".join(map(row, records)),
-        job_rows="\n".join(map(job_row, jobs)),
-        jobs=len(jobs),
+        job_rows="\n".join([*map(job_row, jobs), *map(device_row, devices)]),
+        jobs=len(jobs) + len(devices),
         sections="\n".join(section(record, out) for record in records),
-        job_sections="\n".join(job_section(record, out) for record in jobs),
+        job_sections="\n".join([*(job_section(record, out) for record in jobs), *map(device_section, devices)]),
     )
 
 
@@ -120,6 +121,22 @@ def row(record: dict[str, Any]) -> str:
 def job_row(record: dict[str, Any]) -> str:
     """Another experiment in the contents: its question, and the most telling of what was found."""
     return f"<tr><td>{link(record, record['told']['question'])}<td>{escaped(record['told']['found'][0])}"
+
+
+def device_row(device: gpu.Device) -> str:
+    """A kind of GPU in the contents."""
+    return f"<tr><td><a href='#{device.key}'>{told_of(device)}</a><td>{escaped(device.found[0])}"
+
+
+def told_of(device: gpu.Device) -> str:
+    """The question that runs on a GPU answer."""
+    return escaped(f"How fast are the kernels on a GPU ({device.card})?")
+
+
+def device_section(device: gpu.Device) -> str:
+    """A kind of GPU: what was found there."""
+    found = "".join(f"<p>{escaped(sentence)}</p>" for sentence in device.found)
+    return f"<section id='{device.key}'><h2>{told_of(device)}</h2>{found}</section>"
 
 
 def link(record: dict[str, Any], text: str) -> str:
@@ -176,8 +193,8 @@ def escaped(text: str) -> str:
 def drawing(record: dict[str, Any], out: Path, label: str) -> str:
     """The experiment's SVG, to stand inside the page: named for screen readers, in the page's colours.
 
-    It is shown in the parts that its file names (`record.parts`): side by side where there is room, else one under
-    another. Its ids get the experiment's name in front, since several drawings share the page.
+    A wide page shows it whole, a narrow one in the parts that its file names (`cutting`), if any, row under row. Its
+    ids get the experiment's name in front, since several drawings share the page.
     """
     name = record["experiment"]
     path = out / f"{name}.svg"
@@ -187,17 +204,31 @@ def drawing(record: dict[str, Any], out: Path, label: str) -> str:
     text = text[text.index("<svg") :]
     [(width, height)] = re.findall(r'<svg[^>]* viewBox="0 0 (\S+) (\S+)"', text)
     coverage = re.search(r"<dc:coverage>(.*?)</dc:coverage>", text)
-    cuts = list(map(float, coverage.group(1).split() if coverage else (0, width)))
+    whole = [(0.0, 0.0, float(width), float(height))]
+    cut = cutting.read(coverage.group(1) if coverage else "") or [whole]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
     for color, variable in THEMED.items():
         text = re.sub(color, f"var({variable})", text, flags=re.IGNORECASE)
     opening, rest = text.split(">", 1)
     opening = re.sub(r' (width|height)="[^"]*"', "", opening)
-    shown_parts = "".join(
-        f'<svg viewBox="{low:g} 0 {high - low:g} {height}" style="--points: {high - low:g}">'
-        f'<use href="#{name}-figure_1"/></svg>'
-        for low, high in itertools.pairwise(cuts)
+    source = f"{opening} class=source aria-hidden=true>{rest}"
+    begins = [False, *(lower[0][1] > upper[0][1] for upper, lower in itertools.pairwise(cut))]
+    views = "".join(view(part, f"{name}-figure_1", below) for part, below in zip(cut, begins, strict=True))
+    return (
+        f'{source}<div role=img aria-label="{html.escape(label)}">'
+        f"<div class=whole>{view(whole, f'{name}-figure_1')}</div><div class=parts>{views}</div></div>"
     )
-    whole = f"{opening} class=source aria-hidden=true>{rest}"
-    return f'{whole}<div class=parts role=img aria-label="{html.escape(label)}">{shown_parts}</div>'
+
+
+def view(part: cutting.Part, source: str, below: bool = False) -> str:
+    """A drawing that shows boxes of another side by side; `below`: it begins a row."""
+    ends = list(itertools.accumulate((width for _, _, width, _ in part), initial=0.0))
+    height = max(box[3] for box in part)
+    shown_boxes = "".join(
+        f'<svg x="{x:g}" y="0" width="{width:g}" height="{tall:g}" viewBox="{left:g} {top:g} {width:g} {tall:g}">'
+        f'<use href="#{source}"/></svg>'
+        for x, (left, top, width, tall) in zip(ends, part, strict=False)
+    )
+    row = "<i></i>" if below else ""
+    return f'{row}<svg viewBox="0 0 {ends[-1]:g} {height:g}" style="--points: {ends[-1]:g}">{shown_boxes}</svg>'

@@ -38,7 +38,7 @@ def test_what_is_made_inside_another_counts_once(clock):
     found.ends(COMPILE, 0.0, 0.0)
     found.ends(COMPILE, 0.0, 0.0)  # whose beginning was not seen
     assert found.seconds == 6
-    assert compiling.told(found).endswith("s of it beyond compiling")
+    assert compiling.told(found) == "took 22.0 s of CPU, 16.0 s of it beyond compiling"
 
 
 def test_jax_tells_of_programs_as_they_begin_and_end(clock):

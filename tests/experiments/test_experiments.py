@@ -19,7 +19,7 @@ from flax import linen as nn
 
 from experiments import digits
 from experiments.__main__ import execute, main, restart_with
-from experiments.benchmarks import speed
+from experiments.benchmarks import candidates, speed
 from experiments.framework import catalog
 from experiments.framework.catalog import discover
 from experiments.framework.experiment import Job, Study
@@ -320,15 +320,20 @@ SMALL = [cases.Case("4×5×5×8", (4, 5, 5, 8)), cases.Case("4×8×5×5", (4, 8,
 
 
 def test_speed_on_small_cases(monkeypatch, tmp_path):
-    monkeypatch.setattr(speed, "CPU", SMALL)
+    monkeypatch.setattr(speed, "QUICK", SMALL)
     results = Results("speed")
     speed.run(Options(quick=True, out=tmp_path), results)
-    candidates = results.configuration["candidates"]
-    assert {"jbn.bn_train", "jbn.linen", "flax.linen"} <= set(candidates)
-    assert len(results.rows) == len(SMALL) * len(candidates)
-    assert set(results.summary["speedup_geometric_mean"]) == set(candidates)
+    names = results.configuration["candidates"]
+    assert {"jbn.bn_train", "jbn.linen", "flax.linen", "copy"} <= set(names)
+    assert len(results.rows) == 2 * len(SMALL) * len(names)
+    for mean in ("speedup_geometric_mean", "of_copy_geometric_mean"):
+        means = results.summary[mean]
+        assert list(means) == ["float32", "bfloat16"] and all(set(each) == set(names) for each in means.values())
     assert all(row["milliseconds"] > 0 for row in results.rows)
-    assert speed.table(results).row_count == len(SMALL) + 1
+    assert {row["of_copy"] for row in results.rows if row["candidate"] == "copy"} == {1.0}
+    assert speed.table(results).row_count == 2 * (len(SMALL) + 1)
+    assert len(speed.markdown(results).splitlines()) == 2 + 2 * (len(SMALL) + 1)
+    assert [sentence.count("jbn.bn_train") for sentence in speed.found(results)] == [2, 2]
     paths = results.save(tmp_path, speed.figure)
     assert all(path.stat().st_size for path in paths)
     assert len((tmp_path / "speed.csv").read_text(encoding="utf-8").splitlines()) == len(results.rows) + 1
@@ -336,14 +341,32 @@ def test_speed_on_small_cases(monkeypatch, tmp_path):
 
 def test_speed_refuses_candidates_that_compute_something_else():
     right = [np.ones(3)] * 4
-    steps = {speed.BASELINE: lambda: right, "wrong": lambda: [*right[:3], np.full(3, 1.1)]}
+    steps = {speed.BASELINE: lambda: right, "wrong": lambda: [*right[:3], np.full(3, 1.1)], speed.COPY: lambda: None}
     with pytest.raises(RuntimeError, match=r"wrong and flax\.linen differ on 4×5×5×8, gradient of bias: 1\.0e-01"):
-        speed.check(SMALL[0], steps)
+        speed.check(SMALL[0], steps, 0.05)
+    speed.check(SMALL[0], steps, 0.2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_copy_moves_eight_passes_over_x(dtype, monkeypatch):
+    """Both arrays are read and written, twice."""
+    inputs = speed.draw(SMALL[0], np.random.default_rng(0), dtype)
+    step, moved = candidates.copy(SMALL[0], inputs), []
+    monkeypatch.setattr(jax, "block_until_ready", moved.append)
+    step()
+    assert [array.nbytes for arrays in moved for array in arrays] == [inputs.x.nbytes] * 4
+    for arrays in moved:
+        for array, given in zip(arrays, (inputs.x, inputs.cotangent), strict=True):
+            np.testing.assert_array_equal(~np.asarray(array), given.view(array.dtype))
 
 
 def test_speedup_is_taken_within_turns():
     times = {speed.BASELINE: np.array([2.0, 20.0, 6.0]), "fast": np.array([1.0, 10.0, 2.0])}
     row = speed.row(SMALL[0], "fast", times)
     assert (row["milliseconds"], row["speedup"], row["speedup_upper_quartile"]) == (2000, 2.0, 2.5)
-    rows = [{"candidate": "fast", "speedup": value} for value in (1.0, 4.0)]
-    assert speed.overall(rows, "fast") == pytest.approx(2.0)
+    rows = [{"candidate": "fast", "dtype": "float32", "speedup": value} for value in (1.0, 4.0)]
+    rows += [{"candidate": "fast", "dtype": "bfloat16", "speedup": 9.0}]
+    assert speed.overall(rows, "fast", "float32") == pytest.approx(2.0)
+    times["copy"] = np.array([0.5, 4.0, 1.0])
+    part = speed.of_copy("fast", times, "float32")
+    assert (part["of_copy"], part["of_copy_lower_quartile"], part["dtype"]) == (0.5, 0.45, "float32")

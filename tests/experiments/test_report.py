@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from experiments.__main__ import main, told
-from experiments.framework import catalog, plots, report
+from experiments.framework import catalog, cutting, devices, plots, report
 from experiments.framework.claim import Claim, Rule, judge
-from experiments.framework.record import Results, parts
+from experiments.framework.record import Results
 
 ROOT = Path(__file__).resolve().parents[2]
+NAME = "nvidia-h100-80gb-hbm3"
 COMMITTED = ROOT / "experiments/results/cpu"
 CLAIM = Claim('a < b & "so | on" holds.', "A paper 2015, §3", "b over a", Rule((1.1, math.inf), (0, 1)), "×", True)
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -142,22 +143,62 @@ def test_contents_come_first_a_row_for_each_experiment(folder):
     assert "<p>On one device.</p>" in text
 
 
-def test_drawings_are_cut_between_panels_that_stand_alone():
-    def cuts(draw=lambda fig: None, **how):
-        fig, panels = plots.pyplot().subplots(1, 3, figsize=(6, 2), layout="constrained", **how)
-        fig.draw_without_rendering()
-        draw(fig)
-        found = [float(cut) for cut in parts(fig).split()]
-        boxes = [each.get_position() for each in panels]
-        plots.pyplot().close(fig)
-        assert found[0] == 0 and found[-1] == 432
-        return [sum(432 * box.x1 < cut for box in boxes) for cut in found[1:-1]]  # panels on the left of each cut
+def cuts(draw=lambda fig: None, rows=1, width=6.0, **how):
+    """For each part of three panels a row: which panels and how many points of labels it shows."""
+    fig, panels = plots.pyplot().subplots(rows, 3, figsize=(width, 2 * rows), layout="constrained", **how)
+    draw(fig)
+    found = cutting.parts(fig)
+    centres = {
+        i: (x0 * 72 * width, 144 * rows * (1 - y0)) for i, each in enumerate(panels.flat) for x0, y0 in middle(each)
+    }
+    plots.pyplot().close(fig)
+    assert cutting.read(cutting.written(found)) == [[pytest.approx(box, abs=0.06) for box in part] for part in found]
+    shown = []
+    for part in found:
+        *labels, (left, top, wide, high) = part
+        inside = [i for i, (x, y) in centres.items() if left < x < left + wide and top < y < top + high]
+        shown.append((inside, sum(box[2] for box in labels)))
+    return shown
 
-    assert cuts() == [1, 2]
-    assert cuts(sharey=True) == []
-    assert cuts(lambda fig: fig.axes[1].tick_params(labelleft=False)) == [2]
-    assert cuts(lambda fig: fig.suptitle("over all")) == []
-    assert cuts(lambda fig: plots.samples(fig, {"all": {"color": "red"}}, loc="upper left")) == []
+
+def middle(axes):
+    box = axes.get_position()
+    return [((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2)]
+
+
+def test_drawings_are_cut_between_panels_that_stand_alone():
+    assert cuts() == [([0], 0), ([1], 0), ([2], 0)]
+    assert cuts(lambda fig: fig.axes[1].tick_params(labelleft=False)) == [([0, 1], 0), ([2], 0)]
+    assert cuts(rows=2) == [([i], 0) for i in range(6)]
+    assert cuts(rows=2, sharex=True) == [([i, i + 3], 0) for i in range(3)]
+
+
+def test_panels_with_one_scale_part_where_a_phone_has_no_room():
+    """The scale is shown with each part, from the figure's edge to the panel's own."""
+    assert cuts(width=4.5, sharey=True) == [([0, 1, 2], 0)]
+    [(first, none), (second, labels)] = cuts(sharey=True)
+    assert (first, second, none) == ([0, 1], [2], 0) and 15 < labels < 40
+
+
+def test_what_stands_over_all_panels_is_a_row():
+    over_all = ([], 0)
+    for draw in (
+        lambda fig: fig.suptitle("over all"),
+        lambda fig: plots.samples(fig, {"all": {"color": "red"}}, loc="outside upper left"),
+    ):
+        assert cuts(draw) == [over_all, ([0], 0), ([1], 0), ([2], 0)]
+    assert cuts(lambda fig: fig.supxlabel("below all", x=0, ha="left"))[-1] == over_all
+
+
+def test_a_drawing_of_several_boxes_shows_them_side_by_side():
+    """Labels, then the panel, each from its own place in the whole."""
+    drawn = report.view([(0.0, 5.0, 30.0, 80.0), (200.0, 5.0, 100.0, 80.0)], "name-figure_1", below=True)
+    assert drawn.startswith('<i></i><svg viewBox="0 0 130 80" style="--points: 130">')
+    assert re.findall(r'<svg x="(\d+)" y="0" width="(\d+)" height="80" viewBox="([^"]*)">', drawn) == [
+        ("0", "30", "0 5 30 80"),
+        ("30", "100", "200 5 100 80"),
+    ]
+    assert drawn.count('<use href="#name-figure_1"/>') == 2
 
 
 def test_style_lets_nothing_be_wider_than_the_page():
@@ -167,7 +208,7 @@ def test_style_lets_nothing_be_wider_than_the_page():
     rules = {" ".join(selector.split()): rule for selector, rule in wide}
     assert "overflow-wrap: anywhere" in style
     assert "overflow-x: auto" in rules[".scroll"]
-    assert re.search(r"\.parts svg \{[^}]*min-width: 0; max-width: 100%", style)
+    assert re.search(r"\.parts > svg \{[^}]*min-width: 0; max-width: 100%", style)
     assert "flex-wrap: wrap" in rules[".parts"]
     assert "minmax(0, 2fr) minmax(0, 3fr)" in rules[".beside"]
     assert re.findall(r"[^-]width: (?!100%|\d+%|auto|0;)\S+", style.replace("max-width", "")) == []
@@ -188,7 +229,9 @@ document.getElementById("f").onload = (event) => {
   const style = event.target.contentWindow.getComputedStyle(page.body);
   document.title = JSON.stringify({over: root.scrollWidth - root.clientWidth, wide,
     drawings: page.querySelectorAll("[role=img][aria-label]").length,
-    narrowest: Math.min(...[...page.querySelectorAll(".parts svg")].map((e) => e.getBoundingClientRect().width)),
+    smallest: Math.min(...[...page.querySelectorAll(".whole > svg, .parts > svg")]
+      .filter((e) => e.getClientRects().length)
+      .map((e) => e.getBoundingClientRect().width / e.viewBox.baseVal.width)),
     paper: lightness(style.backgroundColor), ink: lightness(style.color)});
 };
 </script>"""
@@ -217,7 +260,7 @@ def test_in_a_browser(tmp_path, width, scheme):
     found = looked_at(page, width, scheme, tmp_path / "profile")
     assert (found["over"], found["wide"]) == (0, [])
     assert found["drawings"] == len(records) + len(report.read_jobs(COMMITTED))
-    assert found["narrowest"] > 100  # pixels: none has vanished
+    assert found["smallest"] > 0.85  # of the size drawn, at which most text has 8 or 9 points
     light, dark = ("paper", "ink") if scheme == "light" else ("ink", "paper")
     assert found[light] > 0.85 and found[dark] < 0.15
 
@@ -254,13 +297,47 @@ def job(name):
     return experiment
 
 
-@pytest.mark.parametrize("name", ["digits", "speed", "folding", "communication", "binaries"])
+@pytest.mark.parametrize("name", ["digits", "speed", "overhead", "folding", "communication", "binaries"])
 def test_what_jobs_found_is_what_was_measured(name):
     if name == "binaries":
         pytest.importorskip("triton")
     results = Results.read(COMMITTED / f"{name}.json")
     assert results.told == told(job(name), results)
     assert results.told["question"].endswith("?")
+
+
+def test_gpus_are_told_of(folder, tmp_path):
+    """What runs on a GPU found, in the contents and in a section, where there is a folder of them beside."""
+    assert "How fast are the kernels" not in (folder / "report.html").read_text(encoding="utf-8")
+    [device] = devices.devices(COMMITTED.parent / "gpu")
+    assert device.card == "NVIDIA H100 80GB HBM3"
+    step, layer, where = device.found
+    kernels = (ROOT / "kernels/README.md").read_text(encoding="utf-8")
+    for words in (
+        "32.1 ms with flax.linen",
+        "23.6 ms with jbn triton: 1.36× as fast, 1.11× the memory",
+        "saving memory: 1.24×",
+    ):
+        assert words in step
+    assert "| 32.1 |" in kernels and "| 1.36× | 1.11× |" in kernels
+    assert "1.34× as fast as Flax (0.80 to 1.48, 12 shapes)" in layer and "| 1.34× (0.80 to 1.48) |" in kernels
+    assert where == f"All of it is printed by `.ci/flight summary experiments/results/gpu/{NAME}/flight2.jsonl`."
+
+    shutil.copytree(folder, tmp_path / "cpu")
+    lines = [
+        {"kind": "environment", "card": "Some <card>, 1"},
+        {"kind": "step", "candidate": "flax.linen", "named": False, "batch": 8, "us": 2e3, "peak_bytes": 4},
+        {"kind": "step", "candidate": "jbn triton", "named": False, "batch": 8, "us": 1e3, "peak_bytes": 5},
+    ]
+    (tmp_path / "gpu/some").mkdir(parents=True)
+    (tmp_path / "gpu/some/flight2.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    report.write(tmp_path / "cpu")
+    text = (tmp_path / "cpu/report.html").read_text(encoding="utf-8")
+    reader = Reader()
+    reader.feed(text)
+    assert reader.open == [] and "#gpu-some" in reader.links and "gpu-some" in reader.ids
+    told = "2.0 ms with flax.linen; 1.0 ms with jbn triton: 2.00× as fast, 1.25× the memory."
+    assert text.count(told) == 2 and text.count("(Some &lt;card&gt;)?") == 2
 
 
 def test_nothing_to_report(tmp_path, capsys):

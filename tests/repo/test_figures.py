@@ -5,10 +5,12 @@ import math
 import re
 from pathlib import Path
 
+import pytest
 import scipy.stats
 
-from experiments.benchmarks import memory
+from experiments.benchmarks import memory, overhead, speed
 from experiments.framework import report
+from experiments.framework.record import Results
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments/results"
@@ -36,11 +38,17 @@ def test_claims():
     assert shown == report.markdown(report.read(RESULTS / "cpu"))
 
 
+@pytest.mark.parametrize("benchmark", [speed, overhead], ids=["speed", "overhead"])
+def test_tables_of_benchmarks(benchmark):
+    name = benchmark.__name__.rpartition(".")[2]
+    [shown] = re.findall(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", EXPERIMENTS, re.DOTALL)
+    assert shown == benchmark.markdown(Results.read(RESULTS / f"cpu/{name}.json"))
+
+
 def test_speed():
-    means = results("speed")["summary"]["speedup_geometric_mean"]
-    functions, modules, torch = (f"{means[name]:.2f}×" for name in ("jbn.bn_train", "jbn.linen", "torch"))
-    assert f"| geometric mean | | {functions} | {modules} | {torch} |" in EXPERIMENTS
-    assert f"`bn_train` {functions}, `jbn.linen` {modules}, PyTorch {torch} |" in README
+    for dtype, means in results("speed")["summary"]["speedup_geometric_mean"].items():
+        functions, modules, torch = (f"{means[name]:.2f}×" for name in ("jbn.bn_train", "jbn.linen", "torch"))
+        assert re.search(rf"{dtype}[^|]*`bn_train` {functions}, `jbn.linen` {modules}, PyTorch {torch}", README)
 
 
 def test_digits():
