@@ -253,7 +253,7 @@ def figure(results: Results) -> Any:
     """Saved bytes, a panel for each network and a bar for each candidate; a line where an H100's peak was."""
     networks = results.configuration["images"]
     fig, panels = pyplot().subplots(
-        len(networks), figsize=(6, 0.5 + 1.5 * len(networks)), squeeze=False, layout="constrained"
+        len(networks), figsize=(5, 0.5 + 1.5 * len(networks)), squeeze=False, layout="constrained"
     )
     for axes, network in zip(panels[:, 0], networks, strict=True):
         rows = [row for row in results.rows if row["network"] == network]
@@ -268,7 +268,7 @@ def figure(results: Results) -> Any:
             axes.annotate(says, (end, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
         images = "×".join(map(str, networks[network]))
         axes.set_yticks(range(len(rows)), [row["candidate"] for row in rows])
-        axes.set(title=f"{network}, {images}", ylim=(len(rows) - 0.5, -0.5), xlim=(0, 1.35 * most))
+        axes.set(title=f"{network}, {images}", ylim=(len(rows) - 0.5, -0.5), xlim=(0, 1.6 * most))
         axes.grid(False)
     panels[-1, 0].set(xlabel="GiB kept between forward and backward pass, bfloat16")
     return fig
