@@ -173,6 +173,8 @@ def test_candidates_are_compared_with_flax(tmp_path, capsys):
     # what a process holds that is not given back ends with it
     assert {name: worker.stopped for name, worker in device.workers.items()} == dict.fromkeys(answers, 0) | {"torch": 1}
     assert [line["bytes"] for line in found if line["kind"] == "held"] == [31 * 2**30]
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"tried": "by hand"}\n')  # of no kind
     shown = summary.summarise([path])
     assert "DIFFERS: torch" in shown and "1 times: jbn triton no answer within 40 s" in shown
 

@@ -24,7 +24,7 @@ def summarise(paths: Iterable[Path]) -> str:
 
 
 def of(found: list[Line], kind: str) -> Iterator[Line]:
-    return (line for line in found if line["kind"] == kind)
+    return (line for line in found if line.get("kind") == kind)  # tried.jsonl has lines without
 
 
 def name(shape: Iterable[int]) -> str:
