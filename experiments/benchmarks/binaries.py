@@ -14,6 +14,7 @@ import importlib.metadata
 from collections.abc import Iterator
 from typing import Any
 
+from experiments.framework.compiling import making
 from experiments.framework.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, pyplot, samples
 from experiments.framework.record import Options, Results, progress, require
 
@@ -85,7 +86,9 @@ def compiled(targets: Any = TARGETS, views: Any = VIEWS, dtypes: Any = DTYPES) -
         for dtype in dtypes:
             for name, (launch, arrays) in representative(VIEWS[layout], dtype).items():
                 for target in targets:
-                    yield layout, dtype, name, launch, compile_launch(launch, arrays, target)
+                    with making("triton"):
+                        binary = compile_launch(launch, arrays, target)
+                    yield layout, dtype, name, launch, binary
 
 
 def run(options: Options, results: Results) -> None:

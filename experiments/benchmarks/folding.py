@@ -41,7 +41,7 @@ def run(options: Options, results: Results) -> None:
         "environment": ENVIRONMENT,
     }
     rng = np.random.default_rng(options.seed)
-    model = ResNet50()
+    model = ResNet50(stages=1 if options.quick else None)
     variables = trained(model, rng)
     folded = jbn.linen.fold(model, variables, jax.ShapeDtypeStruct(cases[0].shape, jnp.float32), train=False)
     results.summary = {"folded": len(folded.folded), "left": len(folded.left)}

@@ -1,4 +1,4 @@
-"""CPU seconds that JAX spends on making programs: tracing, lowering and compiling them."""
+"""CPU seconds that making programs takes: tracing, lowering and compiling them."""
 
 import contextlib
 import threading
@@ -45,6 +45,17 @@ def watching() -> Iterator[Compiling]:
     finally:
         jax.monitoring.unregister_scalar_listener(found.begins)
         jax.monitoring.unregister_event_time_span_listener(found.ends)
+
+
+@contextlib.contextmanager
+def making(what: str) -> Iterator[None]:
+    """What is done in the block is making a program, too: Triton's compiling, say, of which JAX knows nothing."""
+    jax.monitoring.record_scalar(PREFIX + what, 1)
+    began = time.time()
+    try:
+        yield
+    finally:
+        jax.monitoring.record_event_time_span(PREFIX + what, began, time.time())
 
 
 def told(found: Compiling) -> str:

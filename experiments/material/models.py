@@ -89,9 +89,13 @@ EXPANSION = 4  # of a bottleneck's output over its width
 KERNEL_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015b, eq. 14
 
 
-def bottlenecks() -> list[tuple[int, int]]:
-    """(features, stride) of ResNet-50's 16 blocks, in order."""
-    return [(features, stride if block == 0 else 1) for features, blocks, stride in STAGES for block in range(blocks)]
+def bottlenecks(stages: int | None = None) -> list[tuple[int, int]]:
+    """(features, stride) of ResNet-50's 16 blocks, in order, or of so many stages."""
+    return [
+        (features, stride if block == 0 else 1)
+        for features, blocks, stride in STAGES[:stages]
+        for block in range(blocks)
+    ]
 
 
 def norm_relu(norm: Callable[..., Any], fused: bool, x: Array) -> Array:
@@ -137,6 +141,7 @@ class ResNet50(nn.Module):
     norm: Callable[..., Any] = BatchNorm
     dtype: Any = None
     fused: bool = False  # activation and residual inside the norms, which must be ours
+    stages: int | None = None  # the first ones alone: no ResNet-50, but soon done
 
     @nn.compact
     def __call__(self, x: Array, train: bool = True) -> Array:
@@ -146,7 +151,7 @@ class ResNet50(nn.Module):
         x = nn.Conv(64, (7, 7), (2, 2), padding=3, use_bias=False, dtype=self.dtype, kernel_init=KERNEL_INIT)(x)
         x = norm_relu(norm, self.fused, x)
         x = nn.max_pool(x, **POOL)
-        for features, stride in bottlenecks():
+        for features, stride in bottlenecks(self.stages):
             x = Bottleneck(features, stride, norm, self.dtype, self.fused)(x)
         return nn.Dense(self.num_classes, dtype=self.dtype)(x.mean((1, 2)))
 

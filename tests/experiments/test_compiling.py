@@ -41,6 +41,14 @@ def test_what_is_made_inside_another_counts_once(clock):
     assert compiling.told(found) == "took 22.0 s of CPU, 16.0 s of it beyond compiling"
 
 
+def test_programs_that_jax_knows_nothing_of(clock):
+    compiling.time.time = lambda: 0.0  # the fixture's
+    with compiling.watching() as found, pytest.raises(ZeroDivisionError), compiling.making("triton"):
+        clock.seconds = 13
+        raise ZeroDivisionError
+    assert found.seconds == 3 and found.open == 0
+
+
 def test_jax_tells_of_programs_as_they_begin_and_end(clock):
     function = jax.jit(lambda x: jnp.sin(x) + 1)
     seen = []
