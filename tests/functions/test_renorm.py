@@ -205,7 +205,7 @@ def test_statistics_are_reduced_once():
         ({"renorm": jbn.Renorm(1, None)}, TypeError, "d_max is None, expected a real number >= 0: give one"),
         ({"renorm": jbn.Renorm(1, 0), "axis": 2}, ValueError, "axis is 2, out of range"),
         ({"renorm": jbn.Renorm(1, 0), "virtual_batch_size": 5}, ValueError, "virtual_batch_size is 5, which does not"),
-        ({"renorm": jbn.Renorm(1, 0), "activation": "tanh"}, ValueError, "activation is 'tanh'"),
+        ({"renorm": jbn.Renorm(1, 0), "activation": "swish"}, ValueError, "activation is 'swish'"),
         ({"renorm": jbn.Renorm(1, 0), "epsilon": -1.0}, ValueError, "epsilon is -1.0"),
     ],
 )
