@@ -159,17 +159,26 @@ def section(record: dict[str, Any], out: Path) -> str:
         f" <span class=small>Rule: {escaped(f['rule'])}.</span></li>"
         for f in summary["findings"].values()
     )
-    return framed(record, out, summary, f"<ul>{claims}</ul>", summary["caption"])
+    told = body(record, out, summary, f"<ul>{claims}</ul>", summary["caption"])
+    return f"<section id='{record['experiment']}'><h2>{escaped(summary['question'])}</h2>{told}</section>"
 
 
 def job_section(record: dict[str, Any], out: Path) -> str:
-    """Another experiment: what was found, and the figure."""
+    """Another experiment: what was found, and the figure, behind a click: the contents have the most telling of it."""
     found = "".join(f"<p>{escaped(sentence)}</p>" for sentence in record["told"]["found"])
-    return framed(record, out, record["told"], found)
+    return behind_a_click(record["experiment"], record["told"]["question"], body(record, out, record["told"], found))
 
 
-def framed(record: dict[str, Any], out: Path, words: dict[str, Any], found: str, caption: str = "") -> str:
-    """A section: the question, what was found beside the figure; behind a click, design and where it was measured."""
+def behind_a_click(key: str, question: str, told: str) -> str:
+    """A section of which only the question is seen at first."""
+    return (
+        f"<section id='{key}'><details class=job><summary><h2>{escaped(question)}</h2></summary>{told}"
+        "</details></section>"
+    )
+
+
+def body(record: dict[str, Any], out: Path, words: dict[str, Any], found: str, caption: str = "") -> str:
+    """What was found beside the figure; behind a click, design and where it was measured."""
     told, seed = record["environment"], record["configuration"].get("seed")
     versions = ", ".join(f"{key} {told[key]}" for key in ("python", "jax", "flax", "optax", "jbn"))
     where = f"On {told['device']}, {told['cores']} cores; {versions}"
@@ -178,10 +187,9 @@ def framed(record: dict[str, Any], out: Path, words: dict[str, Any], found: str,
     below = f"<figcaption>{escaped(caption)}</figcaption>" if caption else ""
     figure = f"<figure>{drawing(record, out, caption or words['question'])}{below}</figure>"
     return (
-        f"<section id='{record['experiment']}'><h2>{escaped(words['question'])}</h2>"
         f"<div class=beside><div>{found}</div>{figure}</div>"
         f"<details><summary>How it was measured; took {duration(record['seconds'])}</summary>{design}"
-        f"<p>{escaped(where)}</p></details></section>"
+        f"<p>{escaped(where)}</p></details>"
     )
 
 

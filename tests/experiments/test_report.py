@@ -259,7 +259,9 @@ def test_in_a_browser(tmp_path, width, scheme):
     page.write_text(report.page(records, COMMITTED), encoding="utf-8")
     found = looked_at(page, width, scheme, tmp_path / "profile")
     assert (found["over"], found["wide"]) == (0, [])
-    assert found["drawings"] == len(records) + len(report.read_jobs(COMMITTED))
+    jobs = report.read_jobs(COMMITTED)
+    assert found["drawings"] == len(records) + len(jobs)
+    assert page.read_text(encoding="utf-8").count("<details class=job>") == len(jobs)  # else the page is too long
     assert found["smallest"] > 0.85  # of the size drawn, at which most text has 8 or 9 points
     light, dark = ("paper", "ink") if scheme == "light" else ("ink", "paper")
     assert found[light] > 0.85 and found[dark] < 0.15
