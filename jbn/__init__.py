@@ -2,8 +2,8 @@
 
 import importlib
 from types import ModuleType
+from typing import TYPE_CHECKING
 
-from jbn import convert, scaling
 from jbn._functions.autotune import autotune
 from jbn._functions.autotune_table import Tuning
 from jbn._functions.batch_norm import BNParams, BNState, bn_eval, bn_init, bn_train
@@ -12,6 +12,9 @@ from jbn._functions.folding import fold_into_next, fold_into_previous
 from jbn._functions.inverse import denormalize, identity_params
 from jbn._functions.moments import Moments, merge, moments, population_state
 from jbn._functions.renorm import Renorm
+
+if TYPE_CHECKING:
+    from jbn import convert, scaling
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,8 +42,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    """`jbn.linen` and `jbn.nnx`, imported when first asked for: Flax takes a while."""
-    if name in ("linen", "nnx"):
+    """The doors, imported when first asked for: Flax takes a while, and whoever trains converts nothing."""
+    if name in ("convert", "linen", "nnx", "scaling"):
         return importlib.import_module(f"jbn.{name}")
     raise AttributeError(f"module 'jbn' has no attribute {name!r}")
 

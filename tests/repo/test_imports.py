@@ -175,7 +175,8 @@ from jax._src import xla_bridge
 heavy = {{"flax", "triton", "jax_triton", "optax", "torch", "matplotlib"}}
 if "{module}" != "jbn":
     heavy -= {{"flax", "optax"}}  # the one brings the other
-print(*heavy & {{m.split(".")[0] for m in sys.modules}}, xla_bridge.backends_are_initialized())
+loaded = heavy & {{m.split(".")[0] for m in sys.modules}} | {{"jbn.convert", "jbn.scaling"}} & set(sys.modules)
+print(*loaded, xla_bridge.backends_are_initialized())
 """
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"
