@@ -99,6 +99,13 @@ def test_a_gradient_is_one_more_for_each_pass_back():
     assert len(first) <= 3 and not again, (first, again)
 
 
+def test_programs_are_seen():
+    """Else nothing above and below could fail."""
+    with compiled() as found:
+        jax.jit(lambda x: x * 3)(X)
+    assert found
+
+
 def test_numbers_are_not_compiled_into_it():
     def call(number):
         bounds = jbn.Renorm(1 + number, number)
