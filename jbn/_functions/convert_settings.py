@@ -51,7 +51,8 @@ def check_settings(module: Any, model: Any, names: Names) -> None:
     """
     if not hasattr(module, "named_modules"):
         raise TypeError(f"module is a {type(module).__name__}, expected a PyTorch module: give the model itself")
-    modules, wrong = dict(module.named_modules()), []
+    # one that is used twice, as an activation often is, stands at each of its places
+    modules, wrong = dict(module.named_modules(remove_duplicate=False)), []
     for name, path in check_names(names).items():
         theirs: Any = modules.get(name)
         if not hasattr(theirs, "eps"):

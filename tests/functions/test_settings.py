@@ -23,8 +23,13 @@ class Torch:
             "ln": SimpleNamespace(eps=1e-5),
         }
 
-    def named_modules(self):
-        return iter(self.modules.items())
+    def named_modules(self, *, remove_duplicate=True):
+        """As PyTorch's: of a module that is there twice the first place alone, unless all are asked for."""
+        seen = set()
+        for name, module in self.modules.items():
+            if not remove_duplicate or id(module) not in seen:
+                seen.add(id(module))
+                yield name, module
 
 
 class Linen(nn.Module):
@@ -84,6 +89,23 @@ BEHIND = {
     "gelu": torch_class("GELU", approximate="tanh"),
     "leaky_relu": torch_class("LeakyReLU", negative_slope=0.2),
 }
+
+
+def test_an_activation_that_is_used_twice_is_behind_both():
+    relu, module = torch_class("ReLU"), Torch()
+    module.modules = {
+        "": SimpleNamespace(),
+        "net": torch_class("Sequential"),
+        "net.first": relu,
+        "net.bn": module.modules["bn"],
+        "net.act": relu,
+        "net.last": torch_class("Sigmoid"),
+    }
+    norm = BatchNorm(3, epsilon=1e-3, momentum=0.9, activation="relu", rngs=nnx.Rngs(0))
+    convert.check_settings(module, nnx.Sequential(norm), {"net.bn": ("layers", 0)})
+    with pytest.raises(ValueError, match=r"net\.bn asks for activation='relu', layers/0 has activation='sigmoid'"):
+        norm.activation = "sigmoid"
+        convert.check_settings(module, nnx.Sequential(norm), {"net.bn": ("layers", 0)})
 
 
 def test_activations():
