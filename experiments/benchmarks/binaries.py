@@ -24,12 +24,11 @@ require("triton")
 from experiments.benchmarks.in_flight import PROCESSORS, REGISTERS, in_flight, measured  # noqa: E402
 from jbn.kernels import launches  # noqa: E402
 from jbn.kernels.binaries import TARGETS, compile_launch  # noqa: E402
-from jbn.kernels.launches import Launch, Mask, Problem  # noqa: E402
+from jbn.kernels.launches import ITEMSIZE, Launch, Mask, Problem  # noqa: E402
 from jbn.kernels.tiling import View  # noqa: E402
 
 MOST_REGISTERS = 255  # of a thread, on NVIDIA's
 THREADS = 2048  # of a multiprocessor
-ITEMSIZE = {"bfloat16": 2, "float32": 4}
 # Launches that were measured too, and what they are called there.
 MEASURED = {
     "moments": ("moments", "alone"),

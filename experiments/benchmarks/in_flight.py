@@ -6,10 +6,10 @@ instructions, arrivals and memory itself cost is not in it: it is a ceiling, whi
 """
 
 import functools
-import json
 import math
 from typing import Any, NamedTuple
 
+from experiments.framework.lines import read
 from experiments.framework.record import CHECKOUT
 from jbn.kernels.binaries import Binary
 from jbn.kernels.launches import Launch
@@ -54,11 +54,10 @@ def holds(launch: Launch, binary: Binary) -> int:
 @functools.cache
 def measured() -> dict[tuple[Any, ...], float]:
     """By kernel, what is fused, shape and dtype: bandwidth on an H100 over that of a copy of the same x."""
-    lines = map(json.loads, FLIGHT.read_text(encoding="utf-8").splitlines())
     speeds = {
         (run["kernel"], run["fused"], math.prod(run["shape"][:-1]), run["shape"][-1], run["dtype"]): run["bytes"]
         / run["us"]
-        for run in lines
+        for run in read([FLIGHT])
         if run["kind"] == "run" and run["chosen"]
     }
     return {key: speed / speeds["copy", "alone", *key[2:]] for key, speed in speeds.items()}

@@ -1,12 +1,12 @@
 """What runs on GPUs found, for the report: the folders of `results/gpu` beside the folder that is reported on."""
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any, NamedTuple
 
+from experiments.framework.lines import read
 from experiments.framework.record import CHECKOUT
 
 Line = dict[str, Any]
@@ -26,7 +26,7 @@ def devices(folder: Path) -> list[Device]:
     """Those that have lines of training steps or layers in a folder of their own."""
     found = []
     for path in sorted(folder.glob("*/flight2.jsonl")):
-        lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+        lines = list(read([path]))
         card = next(
             (line["card"].partition(",")[0] for line in lines if line["kind"] == "environment"), path.parent.name
         )

@@ -19,12 +19,12 @@ import pytest
 
 from experiments.benchmarks.gpu.flight import ahead, fly, layers, pieces, plan, side_by_side, steps, summary
 from experiments.benchmarks.gpu.flight.__main__ import main
-from experiments.benchmarks.gpu.flight.lines import Lines, read
 from experiments.benchmarks.gpu.flight.parts import Part, Parts, python
 from experiments.benchmarks.gpu.flight.pieces import Case, Tried
 from experiments.benchmarks.gpu.flight.prepare import prepare
 from experiments.benchmarks.gpu.flight.stamp import is_prepared
 from experiments.benchmarks.gpu.worker import Failed
+from experiments.framework.lines import Lines, read
 from experiments.material import models
 from jbn.kernels.tiling import Tiling
 

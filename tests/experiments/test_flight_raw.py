@@ -9,10 +9,10 @@ from fake_cuda import FakeCuda
 
 from experiments.benchmarks.gpu.flight import ahead, pieces, plan, raw, summary
 from experiments.benchmarks.gpu.flight.driver import CudaError, Driver, Nothing
-from experiments.benchmarks.gpu.flight.lines import Lines, read
 from experiments.benchmarks.gpu.flight.memory import HostMemory, TorchMemory
 from experiments.benchmarks.gpu.flight.operands import Operands
 from experiments.benchmarks.gpu.flight.pieces import NAMED, Case, Tried
+from experiments.framework.lines import Lines, read
 from jbn.kernels.tiling import Tiling
 
 SHAPE = (3, 10, 10, 32)

@@ -1,7 +1,6 @@
 """What the kernels compile to, for GPUs that need not be here: spills, accesses, registers; and how they lower."""
 
 import base64
-import json
 import re
 import zlib
 from collections import Counter
@@ -18,11 +17,13 @@ import kept
 from compiled import described
 
 from experiments.benchmarks import binaries
-from experiments.benchmarks.binaries import DTYPES, ITEMSIZE, REGISTERS, VIEWS, representative
+from experiments.benchmarks.binaries import DTYPES, REGISTERS, VIEWS, representative
 from experiments.benchmarks.in_flight import FLIGHT, holds, in_flight
+from experiments.framework.lines import read
 from experiments.framework.record import Options, Results
 from experiments.material import models
 from jbn.kernels.binaries import TARGETS, Binary, compile_launch
+from jbn.kernels.launches import ITEMSIZE
 from jbn.kernels.tiling import Tiling, View
 from jbn.linen import BatchNorm
 
@@ -108,8 +109,7 @@ def test_bytes_in_flight_follow_from_tile_and_residents():
 def test_programs_that_fit_are_those_that_a_driver_counts():
     """As the driver of an H100 did for each launch that was measured there."""
     launch, _ = representative(VIEWS["last"], "bfloat16")["moments"]
-    lines = map(json.loads, FLIGHT.read_text(encoding="utf-8").splitlines())
-    found = {(run["registers"], run["tiling"][3], run["resident"]) for run in lines if run["kind"] == "run"}
+    found = {(run["registers"], run["tiling"][3], run["resident"]) for run in read([FLIGHT]) if run["kind"] == "run"}
     assert len(found) > 20
     for registers, warps, resident in found:
         binary = Binary("", "sm_90", registers, 0, 0, (), ())

@@ -7,5 +7,5 @@ within its limit (`fly`); `… summary` prints what came back. experiments/READM
 launches it by the `driver` alone on `memory`, checks it against `operands` in float64 and times it beside `baselines`.
 2, through jax: `side_by_side` has a process for each implementation (`layers`) and each training step (`steps`).
 3: 1 again, and the kernels under compute-sanitizer, and for equal bits.
-What is found goes to `lines` of JSON as it comes; `summary` reads them.
+What is found goes to lines of JSON as it comes (`framework/lines.py`); `summary` reads them.
 """

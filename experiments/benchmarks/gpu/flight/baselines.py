@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 from experiments.benchmarks.gpu.flight.driver import Driver
-from experiments.benchmarks.gpu.flight.lines import Lines
 from experiments.benchmarks.gpu.flight.memory import TorchMemory
 from experiments.benchmarks.gpu.flight.operands import EPSILON, Operands
+from experiments.framework.lines import Lines
 
 CUDNN = {"torch": False, "torch cudnn": True}
 

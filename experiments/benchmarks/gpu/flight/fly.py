@@ -7,11 +7,11 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from experiments.benchmarks.gpu.flight.lines import Lines
 from experiments.benchmarks.gpu.flight.parts import Part, Parts, python
 from experiments.benchmarks.gpu.flight.raw import FOLDER
 from experiments.benchmarks.gpu.flight.stamp import is_prepared
 from experiments.benchmarks.gpu.flight.summary import summarise
+from experiments.framework.lines import Lines
 
 LIMIT = 164  # seconds, of each run: what follows the last part takes a few more
 SMALL = "9e5"  # elements: what compute-sanitizer is given

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from experiments.benchmarks.gpu.flight.lines import Lines
+from experiments.framework.lines import Lines
 
 GRACE = 3  # seconds between being asked to end and being killed
 

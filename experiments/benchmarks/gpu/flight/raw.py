@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmarks.gpu.flight.driver import CudaError, Driver, Nothing, Program
-from experiments.benchmarks.gpu.flight.lines import Lines
 from experiments.benchmarks.gpu.flight.memory import HostMemory, Memory, TorchMemory, parameter, pointer
 from experiments.benchmarks.gpu.flight.operands import LARGE, Operands, limit
+from experiments.framework.lines import Lines
 
 FOLDER = Path(".gpu")  # at the project's root, ignored by git: goes along to the machine with the GPU
 COPIED = ("copy", "read")  # kernels that only show what memory can do

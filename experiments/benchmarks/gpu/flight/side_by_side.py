@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 
 from experiments.benchmarks.gpu import tasks as plan
-from experiments.benchmarks.gpu.flight.lines import Lines
 from experiments.benchmarks.gpu.measure import TOLERANCE
 from experiments.benchmarks.gpu.tasks import Task
 from experiments.benchmarks.gpu.worker import Failed, Worker
+from experiments.framework.lines import Lines
 from experiments.material import cases
 
 CANDIDATES = ("jbn triton", "jbn xla", "flax.linen", "torch", "torch cudnn")

@@ -11,8 +11,8 @@ import fcntl
 from pathlib import Path
 
 from experiments.benchmarks.gpu import candidates
-from experiments.benchmarks.gpu.flight.lines import Lines
 from experiments.benchmarks.gpu.timing import sample, spread
+from experiments.framework.lines import Lines
 
 SAMPLES, SECONDS = 3, 0.6
 

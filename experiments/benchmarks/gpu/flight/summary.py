@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
-from experiments.benchmarks.gpu.flight.lines import read
+from experiments.framework.lines import read
 
 Line = dict[str, Any]
 OURS, PLAIN, BASELINE = "jbn triton", "jbn xla", "flax.linen"
