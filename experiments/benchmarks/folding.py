@@ -14,7 +14,8 @@ import numpy as np
 
 import jbn.linen
 from experiments.benchmarks.speed import ENVIRONMENT as ENVIRONMENT
-from experiments.benchmarks.speed import row, take_turns
+from experiments.benchmarks.speed import row
+from experiments.benchmarks.turns import dots, take_turns, told
 from experiments.framework.plots import BLUE, GREY, pyplot
 from experiments.framework.record import Options, Results, cores, progress
 from experiments.material.cases import Case, case
@@ -100,8 +101,7 @@ def table(results: Results) -> Any:
     for name in dict.fromkeys(each["case"] for each in results.rows):
         before, after = (each for each in results.rows if each["case"] == name)
         times = (f"{each['milliseconds']:.1f} ms" for each in (before, after))
-        quartiles = f"{after['speedup_lower_quartile']:.2f}–{after['speedup_upper_quartile']:.2f}"
-        shown.add_row(name, *times, f"{after['speedup']:.2f}× ({quartiles})")
+        shown.add_row(name, *times, told(after))
     return shown
 
 
@@ -126,9 +126,7 @@ def figure(results: Results) -> Any:
     rows = [each for each in results.rows if each["candidate"] == FOLDED]
     fig, axes = plt.subplots(figsize=(4.6, 0.9 + 0.4 * len(rows)), layout="constrained")
     axes.axvline(1, color=GREY, linewidth=1)
-    middle = np.array([each["speedup"] for each in rows])
-    quartiles = np.array([[each[f"speedup_{end}_quartile"] for each in rows] for end in ("lower", "upper")])
-    axes.errorbar(middle, range(len(rows)), xerr=np.abs(quartiles - middle), color=BLUE, fmt="o", markersize=5)
+    dots(axes, rows, range(len(rows)), color=BLUE, markersize=5)
     axes.set_yticks(range(len(rows)), [each["case"] for each in rows])
     axes.set(xlabel=f"speed over {BASELINE}: median and quartiles", ylim=(len(rows) - 0.5, -0.5))
     axes.grid(False, axis="y")

@@ -21,6 +21,7 @@ import numpy as np
 from experiments.benchmarks.costs import calls, imports, networks, programs
 from experiments.benchmarks.costs.networks import FLAX, FUSED, OURS
 from experiments.benchmarks.speed import ENVIRONMENT as ENVIRONMENT
+from experiments.benchmarks.turns import dots
 from experiments.framework.plots import BLUE, GREEN, GREY, pyplot, samples
 from experiments.framework.record import Options, Results, cores, progress
 
@@ -196,12 +197,7 @@ def figure(results: Results) -> Any:
         for candidate, color in COLORS.items():
             shift = -0.14 if candidate == OURS else 0.14
             rows = [names[name][candidate] for name in names]
-            middle = np.array([row["over"] for row in rows])
-            quartiles = np.array([[row[f"over_{end}_quartile"] for row in rows] for end in ("lower", "upper")])
-            axes.errorbar(
-                middle, np.arange(len(rows)) + shift, xerr=np.abs(quartiles - middle), color=color, fmt="o",
-                markersize=4, linewidth=1,
-            )  # fmt: skip
+            dots(axes, rows, np.arange(len(rows)) + shift, "over", color=color, markersize=4, linewidth=1)
         axes.set_yticks(range(len(names)), list(names))
         axes.set(title=panels[kind][0], xlabel="over Flax", ylim=(len(names) - 0.5, -0.5))
         axes.set_xlim(0, max(2, 1.2 * most))

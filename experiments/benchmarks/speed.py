@@ -17,7 +17,6 @@ two dtypes, fusions, a training step of ResNet-50, within `--minutes`.
 import importlib.metadata
 import importlib.util
 import statistics
-import time
 from typing import Any
 
 import jax
@@ -26,6 +25,7 @@ import numpy as np
 
 from experiments.benchmarks.candidates import BASELINE, CANDIDATES, COPY, Inputs, Step
 from experiments.benchmarks.gpu import measure, report
+from experiments.benchmarks.turns import dots, quartiles, take_turns, told
 from experiments.framework.plots import BLUE, GREEN, GREY, ORANGE, pyplot, samples
 from experiments.framework.record import Options, Results, cores, progress
 from experiments.material.cases import CPU, Case, images
@@ -37,7 +37,7 @@ ENVIRONMENT = {
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # candidates on a GPU share its memory
     "OMP_WAIT_POLICY": "PASSIVE",  # else PyTorch's idle threads spin through the next candidate's turn
 }
-TURNS, QUICK_TURNS, WARM_UP = 100, 3, 3
+TURNS, QUICK_TURNS = 100, 3
 QUICK = [images(4, 7, 64), images(2, 4, 32)]
 TOLERANCES = {"float32": 1e-3, "bfloat16": 2e-2}  # of the largest value: candidates must compute the same thing
 COLORS = {"jbn.bn_train": BLUE, "jbn.linen": GREEN, "torch": ORANGE}
@@ -113,39 +113,19 @@ def numbers(value: Any) -> np.ndarray:
     return np.asarray(value.float() if hasattr(value, "float") else value, np.float32)
 
 
-def take_turns(steps: dict[str, Step], turns: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Seconds of each candidate at each turn; who follows whom is drawn anew each turn."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(WARM_UP + turns):
-        for name in rng.permutation(list(steps)):
-            start = time.perf_counter()
-            steps[name]()
-            if turn >= WARM_UP:
-                times[name].append(time.perf_counter() - start)
-    return {name: np.array(seconds) for name, seconds in times.items()}
-
-
 def row(case: Case, name: str, times: dict[str, np.ndarray], baseline: str = BASELINE) -> dict[str, Any]:
     """Median and quartiles of a candidate's milliseconds, and of its speed over the baseline's."""
-    milliseconds, speedup = 1e3 * times[name], times[baseline] / times[name]
-    low, median, high = np.quantile(milliseconds, (0.25, 0.5, 0.75))
-    slow, speed, fast = np.quantile(speedup, (0.25, 0.5, 0.75))
     return {
         "case": case.name,
         "candidate": name,
-        "milliseconds": float(median),
-        "milliseconds_lower_quartile": float(low),
-        "milliseconds_upper_quartile": float(high),
-        "speedup": float(speed),
-        "speedup_lower_quartile": float(slow),
-        "speedup_upper_quartile": float(fast),
+        **quartiles("milliseconds", 1e3 * times[name]),
+        **quartiles("speedup", times[baseline] / times[name]),
     }
 
 
 def of_copy(name: str, times: dict[str, np.ndarray], dtype: str) -> dict[str, Any]:
     """The part of the copy's speed that a candidate has: median and quartiles."""
-    low, middle, high = map(float, np.quantile(times[COPY] / times[name], (0.25, 0.5, 0.75)))
-    return {"dtype": dtype, "of_copy": middle, "of_copy_lower_quartile": low, "of_copy_upper_quartile": high}
+    return {"dtype": dtype, **quartiles("of_copy", times[COPY] / times[name])}
 
 
 def overall(rows: list[dict[str, Any]], name: str, dtype: str, what: str = "speedup") -> float:
@@ -159,11 +139,11 @@ def table(results: Results) -> Any:
         return report.table(results)
     from rich.table import Table
 
-    told, candidates = results.configuration, results.configuration["candidates"]
+    made, candidates = results.configuration, results.configuration["candidates"]
     shown = Table(
         title="batch norm, forward + backward",
-        caption=f"Median milliseconds; speed over {BASELINE}: median (quartiles) over {told['turns']} turns; part of "
-        f"the copy's speed. {told['threads']} threads.",
+        caption=f"Median milliseconds; speed over {BASELINE}: median (quartiles) over {made['turns']} turns; part of "
+        f"the copy's speed. {made['threads']} threads.",
     )
     shown.add_column("shape")
     for name in candidates:
@@ -180,8 +160,7 @@ def cell(row: dict[str, Any]) -> str:
     """What the table says of one candidate on one case."""
     lines = [f"{row['milliseconds']:.2f} ms"]
     if row["candidate"] != BASELINE:
-        quartiles = f"{row['speedup_lower_quartile']:.2f}–{row['speedup_upper_quartile']:.2f}"
-        lines.append(f"{row['speedup']:.2f}× ({quartiles})")
+        lines.append(told(row))
     if row["candidate"] != COPY:
         lines.append(f"{row['of_copy']:.0%}")
     return "\n".join(lines)
@@ -193,15 +172,14 @@ def markdown(results: Results) -> str:
     heads = [f"PyTorch {results.configuration['torch']}" if name == "torch" else name for name in others]
     lines = [f"| | shape | {BASELINE} / ms | {' | '.join(heads)} | copy / ms |", "|---" * (len(others) + 4) + "|"]
 
-    def told(row: dict[str, Any]) -> str:
-        quartiles = f"{row['speedup_lower_quartile']:.2f}–{row['speedup_upper_quartile']:.2f}"
-        return f"{row['speedup']:.2f}× ({quartiles}), {row['of_copy']:.0%}"
-
     for dtype, means in results.summary["speedup_geometric_mean"].items():
         rows = [row for row in results.rows if row["dtype"] == dtype]
         for i, case in enumerate(dict.fromkeys(row["case"] for row in rows)):
             found = {row["candidate"]: row for row in rows if row["case"] == case}
-            cells = [f"{found[BASELINE]['milliseconds']:.2f}", *(told(found[name]) for name in others)]
+            cells = [
+                f"{found[BASELINE]['milliseconds']:.2f}",
+                *(f"{told(found[name])}, {found[name]['of_copy']:.0%}" for name in others),
+            ]
             lines.append(
                 f"| {dtype if i == 0 else ''} | {case} | {' | '.join(cells)} | {found[COPY]['milliseconds']:.2f} |"
             )
@@ -216,7 +194,7 @@ def found(results: Results) -> list[str]:
     speeds, parts = (results.summary.get(f"{what}_geometric_mean", {}) for what in ("speedup", "of_copy"))
     cases = len({row["case"] for row in results.rows})  # of a GPU the table says more than a mean
 
-    def told(means: dict[str, dict[str, float]], form: str, left_out: tuple[str, ...]) -> str:
+    def listed(means: dict[str, dict[str, float]], form: str, left_out: tuple[str, ...]) -> str:
         return "; ".join(
             f"{dtype}: {', '.join(f'{name} {value:{form}}' for name, value in found.items() if name not in left_out)}"
             for dtype, found in means.items()
@@ -225,8 +203,8 @@ def found(results: Results) -> list[str]:
     if not speeds:
         return []
     return [
-        f"Times as fast as {BASELINE}, geometric mean over {cases} shapes, {told(speeds, '.2f', (BASELINE, COPY))}.",
-        f"Part of the speed of a copy of the same bytes, {told(parts, '.0%', (COPY,))}.",
+        f"Times as fast as {BASELINE}, geometric mean over {cases} shapes, {listed(speeds, '.2f', (BASELINE, COPY))}.",
+        f"Part of the speed of a copy of the same bytes, {listed(parts, '.0%', (COPY,))}.",
     ]
 
 
@@ -248,12 +226,10 @@ def figure(results: Results) -> Any:
         for index, (name, color) in enumerate({**shown, COPY: GREY}.items()):
             rows = [row for row in results.rows if (row["candidate"], row["dtype"]) == (name, dtype)]
             y = np.arange(len(rows)) + (0 if name == COPY else 0.2 * (index - (len(shown) - 1) / 2))
-            middle = np.array([row["speedup"] for row in rows])
-            quartiles = [[row[f"speedup_{end}_quartile"] for row in rows] for end in ("lower", "upper")]
             if name == COPY:  # what memory gives
-                axes.plot(middle, y, "|", color=color, markersize=16)
+                axes.plot([row["speedup"] for row in rows], y, "|", color=color, markersize=16)
                 continue
-            axes.errorbar(middle, y, xerr=np.abs(np.array(quartiles) - middle), color=color, fmt="o", markersize=4)
+            dots(axes, rows, y, color=color, markersize=4)
             if means:
                 axes.plot(means[dtype][name], len(cases) + y[0], "D", color=color, markersize=5)
         axes.set(title=dtype, xlabel=f"speed over {BASELINE}", ylim=(len(labels) - 0.5, -0.5))

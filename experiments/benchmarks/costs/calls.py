@@ -1,7 +1,6 @@
 """What a call of one batch norm takes: eagerly, and under `jit` where the layer is small."""
 
 import functools
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 import jbn
 import jbn.linen
 import jbn.nnx
+from experiments.benchmarks import turns as turns_of
 from experiments.benchmarks.costs.networks import FLAX, FUSED, NORMS, OURS, square
 from experiments.benchmarks.costs.rows import row
 
@@ -137,11 +137,12 @@ def take_turns(
     for call in candidates.values():  # compiles
         call()
         call()
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(turns):
-        for name in map(str, rng.permutation(list(candidates))):
-            call, start = candidates[name], time.perf_counter()
-            for _ in range(calls):
-                call()
-            times[name].append(1e6 * (time.perf_counter() - start) / calls)
-    return times
+    repeated = {name: functools.partial(several, call, calls) for name, call in candidates.items()}
+    taken = turns_of.take_turns(repeated, turns, rng, warm_up=0)
+    return {name: (1e6 * seconds / calls).tolist() for name, seconds in taken.items()}
+
+
+def several(call: Call, calls: int) -> None:
+    """So many calls."""
+    for _ in range(calls):
+        call()

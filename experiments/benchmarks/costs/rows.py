@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from experiments.benchmarks.turns import quartiles
+
 COLUMNS = (
     "kind", "what", "interface", "platform", "candidate", "unit", "median", "lower_quartile", "upper_quartile",
     "over", "over_lower_quartile", "over_upper_quartile", "beside", "trace", "lower", "compile",
@@ -16,14 +18,7 @@ def row(
 ) -> dict[str, Any]:
     """Median and quartiles over turns of a candidate, and of its ratio, within turns, to the candidate `beside` it."""
     mine = np.asarray(found[name], np.float64)
-    filled = {**dict.fromkeys(COLUMNS), **told, "candidate": name, **quartiles("", mine), **more}
+    filled = {**dict.fromkeys(COLUMNS), **told, "candidate": name, **quartiles("", mine, "median"), **more}
     if beside is not None:
         filled |= {"beside": beside, **quartiles("over", mine / np.asarray(found[beside], np.float64))}
     return filled
-
-
-def quartiles(prefix: str, values: np.ndarray) -> dict[str, float]:
-    """Median and quartiles, by the names of their columns."""
-    low, median, high = map(float, np.quantile(values, (0.25, 0.5, 0.75)))
-    between = f"{prefix}_" if prefix else ""
-    return {prefix or "median": median, f"{between}lower_quartile": low, f"{between}upper_quartile": high}
