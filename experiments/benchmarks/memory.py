@@ -21,23 +21,23 @@ x̂ is computed; one that a residual is added to is kept beside the sum's. Vecto
 """
 
 import functools
-import json
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Jaxpr, Var
 
 import jbn.linen
+from experiments.framework.lines import read
 from experiments.framework.plots import BLUE, GREEN, GREY, INK, ORANGE, SKY, VERMILION, pyplot
 from experiments.framework.record import CHECKOUT, Options, Results, progress
 from experiments.material.models import ResNet50
 from experiments.material.networks import DenseNet121, UNet
+from experiments.material.train import cross_entropy
 
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu"}
 FLIGHT = CHECKOUT / "experiments/results/gpu/nvidia-h100-80gb-hbm3/flight2.jsonl"
@@ -180,7 +180,7 @@ def planned_bytes(network: Callable[..., Any], params: Any, stats: Any, images: 
 
     def loss(params: Any, stats: Any, images: Any, labels: Any) -> Any:
         logits, updates = network(params, stats, images)
-        return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels).mean(), updates
+        return cross_entropy(logits.astype(jnp.float32), labels), updates
 
     logits, _ = jax.eval_shape(network, params, stats, images)
     labels = jax.ShapeDtypeStruct(logits.shape[:-1], jnp.int32)
@@ -194,8 +194,7 @@ def peak_bytes(network: str, candidate: Candidate, batch: int) -> int | None:
     if network != "ResNet-50" or not candidate.measured_as:
         return None
     asked = candidate.measured_as, batch, candidate.policy is not None
-    lines = map(json.loads, FLIGHT.read_text(encoding="utf-8").splitlines())
-    steps = [line for line in lines if line["kind"] == "step"]
+    steps = [line for line in read([FLIGHT]) if line["kind"] == "step"]
     return next((s["peak_bytes"] for s in steps if (s["candidate"], s["batch"], s["named"]) == asked), None)
 
 

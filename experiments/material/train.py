@@ -35,6 +35,30 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
+def step_of(
+    model: nn.Module, optimizer: optax.GradientTransformation, around: Callable[..., Any] = lambda loss: loss
+) -> Callable[..., Any]:
+    """`step((params, stats, optimizer's state), images, labels)` → the same after it, and the loss in float32.
+
+    `around` wraps what is differentiated, a function of the parameters, in `jax.checkpoint` for instance.
+    """
+
+    def train_step(carry: Any, images: Array, labels: Array) -> tuple[Any, Array]:
+        params, stats, opt_state = carry
+
+        def loss(params: Any) -> tuple[Array, Any]:
+            logits, updates = model.apply(
+                {"params": params, "batch_stats": stats}, images, train=True, mutable=["batch_stats"]
+            )
+            return cross_entropy(logits.astype(jnp.float32), labels), updates["batch_stats"]
+
+        (value, stats), gradient = jax.value_and_grad(around(loss), has_aux=True)(params)
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        return (optax.apply_updates(params, updates), stats, opt_state), value
+
+    return train_step
+
+
 def accuracy(model: nn.Module, x: Any, labels: Array) -> Callable[[Any], Array]:
     """A function of variables: the fraction of `x` that the model, in inference, labels rightly."""
 

@@ -14,6 +14,7 @@ import jbn
 import jbn.linen
 import jbn.nnx
 from experiments.material.models import ResNet50, norm_relu
+from experiments.material.train import step_of
 
 FLAX, OURS, FUSED = "Flax", "jbn", "jbn fused"
 NORMS: dict[str, dict[str, Any]] = {
@@ -148,14 +149,10 @@ def resnet50(batch: int, size: int, candidate: str, small: bool) -> Step:
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     optimizer = optax.sgd(0.1, momentum=0.9)
 
-    def step(params: Any, stats: Any, state: Any, images: jax.Array, labels: jax.Array) -> Any:
-        def loss(params: Any) -> tuple[jax.Array, Any]:
-            logits, updates = model.apply({"params": params, "batch_stats": stats}, images, mutable=["batch_stats"])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), updates["batch_stats"]
+    train = step_of(model, optimizer)
 
-        (value, new), gradient = jax.value_and_grad(loss, has_aux=True)(params)
-        updates, new_state = optimizer.update(gradient, state, params)
-        return value, optax.apply_updates(params, updates), new, new_state
+    def step(params: Any, stats: Any, state: Any, images: jax.Array, labels: jax.Array) -> Any:
+        return train((params, stats, state), images, labels)
 
     params = variables["params"]
     return step, (params, variables["batch_stats"], jax.eval_shape(optimizer.init, params), images, labels)

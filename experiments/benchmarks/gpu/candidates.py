@@ -141,6 +141,7 @@ def prepare_step(
     With `named` the backward pass has the batch norms' inputs and statistics alone, and recomputes what follows them.
     """
     from experiments.material.models import ResNet50
+    from experiments.material.train import step_of
 
     if name == "flax.linen":
         model = ResNet50(norm=nn.BatchNorm, dtype=jnp.bfloat16)
@@ -153,23 +154,8 @@ def prepare_step(
     variables = jax.jit(functools.partial(model.init, train=True))(jax.random.key(0), images[:1])
     params, stats = variables["params"], variables["batch_stats"]
     policy = jax.checkpoint_policies.save_only_these_names("bn_input", "bn_stats")
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def train(carry, images, labels):
-        params, stats, opt = carry
-
-        def loss(params):
-            logits, updates = model.apply(
-                {"params": params, "batch_stats": stats}, images, train=True, mutable=["batch_stats"]
-            )
-            logits = logits.astype(jnp.float32)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), updates["batch_stats"]
-
-        loss = jax.checkpoint(loss, policy=policy) if named else loss
-        (value, stats), gradient = jax.value_and_grad(loss, has_aux=True)(params)
-        updates, opt = optimizer.update(gradient, opt, params)
-        return (optax.apply_updates(params, updates), stats, opt), value
-
+    around = {"around": functools.partial(jax.checkpoint, policy=policy)} if named else {}
+    train = jax.jit(step_of(model, optimizer, **around), donate_argnums=0)
     kept = [(params, stats, optimizer.init(params))]
     compiled = train.lower(kept[0], images, labels).compile()
 
