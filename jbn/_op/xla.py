@@ -86,7 +86,7 @@ def tangent(plan: Plan, x, coef: Coefficients, residual, mask, moved):
             axes = rows(plan, x.ndim)
             seen = dx if mask is None else where(mask, dx, 0)
             sums = add_across(tuple(_vector(plan, _total(v, axes)) for v in (seen, seen * xhat)), plan.sync)
-            dx = dx - _projection(plan, coef, xhat, sums)
+            dx = dx - _projection(plan, coef, centred, map_, sums)
         out += dx * map_.slope
     if dscale is not None:
         out += xhat * _spread(plan, dscale, x.ndim)
@@ -131,7 +131,7 @@ def gradient_input(plan: Plan, x, coef: Coefficients, residual, mask, dy, sums, 
     dz, centred, map_ = cotangent(plan, x, coef, residual, mask, dy)
     dx = dz
     if plan.centred:
-        pull = _projection(plan, coef, centred * map_.rstd, sums)
+        pull = _projection(plan, coef, centred, map_, sums)
         dx = dz - (pull if mask is None else where(mask, pull, 0))
     dx = (dx * map_.slope).astype(x.dtype)
     return (dx,) if residual is None else (dx, dz.astype(residual.dtype))
@@ -203,10 +203,12 @@ def _through_activation(plan: Plan, moved, centred, map_: _Map, coef: Coefficien
     return where(slope, moved, 0) if slope.dtype == bool else moved * slope
 
 
-def _projection(plan: Plan, coef: Coefficients, xhat, sums):
+def _projection(plan: Plan, coef: Coefficients, centred, map_: _Map, sums):
     """mean(v) + x̂ · mean(v · x̂), from the sums of v and v · x̂."""
-    first, second = (_spread(plan, _mean(plan, coef, v), xhat.ndim) for v in sums)
-    return first + xhat * second
+    first, second = (_spread(plan, _mean(plan, coef, v), centred.ndim) for v in sums)
+    # rstd is multiplied by once for a channel: XLA gives a CPU's threads what has more than an operation for a byte,
+    # and waking one takes longer than a small layer
+    return first + centred * (map_.rstd * second)
 
 
 def _mean(plan: Plan, coef: Coefficients, total):

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jbn._op import xla
-from jbn._op.plan import Coefficients, Plan, compute_dtype, row_count
+from jbn._op.plan import Coefficients, Plan, compute_dtype, row_count, rows
 
 LITTLE = 2**15  # elements of a batch that are reduced as they are: more loops cost more than they save
+FEW = 2**8  # rows whose moments are taken about one of them
+FEW_UNIT = 2.0**-5  # `UNIT` of so many: a distance may be twice as far as from the mean
 # The axes before the channels are cut into equal parts, of the first number here that divides them. A loop over more
 # parts is not unrolled; of fewer, each is longer, and within a part rows are summed the slow way.
 PARTS = (*range(8, 15), 7, 6, 5, 4)  # with an activation's derivative in the loop
@@ -31,6 +33,8 @@ def moments(plan: Plan, x, mask):
     Groups then merge (Chan, Golub, LeVeque 1979) about the mean of all, so that nothing cancels.
     """
     parts = _parts(plan, x, _plain(x))
+    if mask is None and parts is None and 0 < row_count(plan, x) <= FEW:
+        return _moments_of_few(plan, x)
     if mask is not None or parts is None:
         behind = x.shape[plan.channel + 1 :]
         if mask is None and len(behind) > 1:  # as one axis: loops of few steps over several are not vectorised
@@ -48,6 +52,22 @@ def moments(plan: Plan, x, mask):
     m2 = q - jnp.square(s * (UNIT * parts**-0.5)) + parts * jnp.square((off - shift) * UNIT)  # times UNIT²
     # divided before they are added: what is behind a sum is compiled by itself
     return jnp.squeeze(pivot + shift, axes), jnp.sum(m2 / (groups * parts * UNIT**2), axes)
+
+
+def _moments_of_few(plan: Plan, x):
+    """`moments` of n rows in the fewest loops: sums s, q of their distances d from a typical row and their squares.
+
+    Σ(x − mean)² = q − s²/n. That row is the median of three, so two rows lie as far from the mean as it does, or
+    farther: q ≤ (1 + n/2) · (q − s²/n), and no more than that, times rounding, is lost.
+    """
+    axes, n = rows(plan, x.ndim), row_count(plan, x)
+    x = x.astype(compute_dtype(x.dtype))
+    pivot = xla.typical_row(x, axes)
+    distance = (x - pivot) * FEW_UNIT
+    s, q = (jnp.sum(v, axes, keepdims=True) for v in (distance, jnp.square(distance)))
+    mean = pivot + s / (n * FEW_UNIT)
+    var = (q - s * (s / n)) / (n * FEW_UNIT**2)  # XLA takes factors out of a square, which may be too large then
+    return jnp.squeeze(mean, axes), jnp.squeeze(var, axes)
 
 
 def gradient_sums(plan: Plan, x, coef: Coefficients, residual, mask, dy):

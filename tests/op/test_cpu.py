@@ -157,6 +157,56 @@ def test_a_bad_channel_touches_no_other(bad, small):
         assert not np.isfinite(after[:, 1]).any()
 
 
+FEW = [1, 2, 3, 16, 128, 256]
+BEYOND = 260  # by two passes
+
+
+@pytest.mark.parametrize("ratio", [0, 1e2, 1e4])
+@pytest.mark.parametrize("n", [*FEW[1:], BEYOND])
+def test_nothing_of_few_rows_cancels(n, ratio):
+    x = ((np.random.default_rng(0).normal(size=(n, 6)) + ratio) * 10.0 ** np.arange(-3, 3)).astype(np.float32)
+    _, mean, m2 = oracle.moments(x)
+    got_mean, got_m2 = moments(x)
+    assert np.max(np.abs(got_m2 / m2 - 1)) < 4e-6
+    assert np.max(np.abs(got_mean - mean) / (np.sqrt(m2 / n) + np.abs(mean))) < 1e-6
+
+
+@pytest.mark.parametrize("n", FEW[2:])
+@pytest.mark.parametrize("rows", [(0,), (0, -1), (0, "middle")], ids=str)
+def test_outliers_among_few_cost_what_is_promised(n, rows):
+    """Where two of the three typical rows lie far out, all others lie far from the pivot."""
+    x = (1e4 + np.random.default_rng(1).normal(size=(n, 4))).astype(np.float32)
+    x[[n // 2 if row == "middle" else row for row in rows], :2] = 1e6
+    _, mean, m2 = oracle.moments(x)
+    got_mean, got_m2 = moments(x)
+    assert np.max(np.abs(got_m2 / m2 - 1)) < (1 + n / 2) * 4 * np.finfo(np.float32).eps
+    assert np.max(np.abs(got_mean - mean) / (np.sqrt(m2 / n) + np.abs(mean))) < 1e-6
+
+
+@pytest.mark.parametrize("n", FEW)
+def test_few_constants_are_exact(n):
+    constants = np.array([0.1, 1e10, 3e38, -7, 0, -3e38, 1e-30], np.float32)
+    mean, m2 = moments(np.tile(constants, (n, 1)))
+    np.testing.assert_array_equal(mean, constants)
+    np.testing.assert_array_equal(m2, 0)
+
+
+@pytest.mark.parametrize("size", [1e-14, 9e18], ids=str)
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("n", [2, 16, 256, 8 * 32 * 32])
+def test_rows_of_any_size(n, channels, size, request):
+    """Far out, squares of distances from the pivot add up to more than float32 has, though the variance does not."""
+    if n > xla_cpu.FEW:
+        request.getfixturevalue("small")
+    x = (np.where(np.arange(n) % 2, -1, 1) * np.linspace(0.9, 1, n) * size)[:, None].astype(np.float32)
+    x = np.tile(x, (1, channels))
+    _, mean, m2 = oracle.moments(x)
+    plan = Plan(1, 0, n, True, None, jnp.dtype("float32"), Sync(), False, None)
+    got_mean, got_var = jax.jit(partial(xla_cpu.moments, plan, mask=None))(x)
+    np.testing.assert_allclose(got_var, m2 / n, rtol=1e-5)
+    np.testing.assert_allclose(got_mean, mean, atol=1e-6 * size)
+
+
 def test_x_is_read_once():
     """As compiled: one loop over x makes both moments, and one over x and ȳ both sums."""
     _, state = jbn.bn_init(64)
