@@ -7,7 +7,8 @@ counted. Lines are those of StableHLO, before XLA has it, for each platform. Non
 
 Calls: one layer, eagerly, and small ones under `jax.jit`, until the results are there. `jbn fused` has the relu as an
 option of the batch norm; beside it stands Flax followed by relu, beside `jbn` Flax alone. Where `bn_train` and
-`bn_eval` are called, Flax's linen stands beside them.
+`bn_eval` are called, Flax's linen stands beside them. Small layers' gradients are of two losses: Σ y·ȳ, where ȳ is an
+array, as it is before another layer, and the mean of y², where XLA computes ȳ again from x wherever it needs it.
 
 Candidates take turns in an order drawn anew each time; ratios are taken within a turn, medians and quartiles over
 turns. Imports are timed in processes of their own, after what they need is imported.

@@ -104,7 +104,7 @@ def eager(shape: tuple[int, ...], turns: int, calls: int, rng: np.random.Generat
 
 # Losses of y and an array of its shape. Of the first ȳ is that array, as of a layer behind it is one; of the second it
 # is 2y/n, which XLA computes from x again wherever it is used.
-LOSSES = {"gradient": lambda y, dy: jnp.sum(y * dy), "gradient of mean y²": lambda y, _: square(y)}
+LOSSES = {"gradient": lambda y, dy: jnp.sum(y * dy), "gradient of y²": lambda y, _: square(y)}
 JITTED = ("forward", *LOSSES, "inference")
 
 
