@@ -18,6 +18,8 @@ if not os.environ.get("JBN_TEST_GPU"):
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8" + emitters.FLAGS
     )
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # of the processes that tests start too
+    # where in Python an operation comes from is written into programs, for nobody here, in a twentieth of the time
+    os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 import driver
 import jax

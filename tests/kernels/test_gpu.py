@@ -1,6 +1,7 @@
 """The whole op by kernels: with JBN_TEST_GPU=1 on a GPU, elsewhere on a CPU that passes for one (`driver`)."""
 
 from functools import partial
+from itertools import cycle, product
 
 import driver
 import jax
@@ -41,8 +42,13 @@ def step(case, implementation):
     return run
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("name", PROBLEMS)
+DTYPES = ["float16", "bfloat16", "float32"]
+WHOLE = list(product(PROBLEMS, DTYPES))
+if not ON_GPU:  # where a case takes seconds: each problem in one dtype in turn, and the first in all
+    WHOLE = list(dict.fromkeys([*product(["plain"], DTYPES), *zip(PROBLEMS, cycle(DTYPES), strict=False)]))
+
+
+@pytest.mark.parametrize("name, dtype", WHOLE)
 def test_whole_op(name, dtype, gpu):
     """Kernels and XLA agree with the oracle's y, and with each other in state and gradients."""
     case = PROBLEMS[name]._replace(shape=tuple((8 if ON_GPU else 3) * n for n in PROBLEMS[name].shape))

@@ -132,7 +132,9 @@ def test_ragged(channels, rows, where):
     # two values may be close to each other: then their std is small beside the rounding of their mean; of one value
     # 1/std is 30, and what should be z̄ - z̄ is, compiled, a fused product's rounding
     factor = 16 if rows == 2 or (rows == 1 and where != "interpreted") else 1
-    for view in (View(1, rows, channels, 1), View(1, 1, channels, rows)):
+    views = View(1, rows, channels, 1), View(1, 1, channels, rows)
+    # compiled, which takes a second a kernel, one layout of each, in turn
+    for view in views if where != "compiled" else views[(channels // 2 + rows) % 2 :][:1]:
         check(Drawn(view, activation="silu"), cut(view, 2, 16, 64), factor=factor)
 
 

@@ -1,4 +1,4 @@
-"""How XLA emits a CPU's fusions in tests: the old way where there are two, in a third of the time.
+"""How XLA emits a CPU's fusions in tests: in one part, and the old way where there are two, in a third of the time.
 
 Flags for this process and for those that tests start; `as_users_do` puts them back for a file.
 """
@@ -14,7 +14,7 @@ OLD = {
     "0.11": " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters" + ONE_PART,
 }
 RELEASE = version("jaxlib")[:4]
-FLAGS = OLD.get(RELEASE, "")  # later ones have the new way alone
+FLAGS = OLD.get(RELEASE, ONE_PART)  # later ones have the new way alone
 # XLA's own values
 USERS = {"xla_cpu_parallel_codegen_split_count": 32}
 if RELEASE == "0.10":
@@ -26,7 +26,7 @@ SET, UNKNOWN = b"\xa2\x1f" + ENTRY, b"\xfa\x7f" + ENTRY
 
 def as_users_do(get):
     """`get_compile_options` of JAX as if XLA_FLAGS had no FLAGS."""
-    if not FLAGS or FLAGS not in os.environ.get("XLA_FLAGS", ""):
+    if FLAGS not in os.environ.get("XLA_FLAGS", ""):
         return get
 
     def options(*args, env_options_overrides=None, **given):
