@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
+from beside import both
 from cases import loss, problem
 from test_transforms import along, check, rev, second
 
@@ -74,34 +74,36 @@ def derivatives(h, a, t):
 )
 def test_like_plain_jnp(structure, name):
     with jax.enable_x64(True):
-        results = []
-        for bn in (jbn, reference):
+
+        def compute(bn):
             f, a, t = problem(name, bn)
-            h = loss(lambda a, f=f: structure(f, a))
-            run = jax.jit(lambda a, t, h=h: derivatives(h, a, t))
+            h = loss(lambda a: structure(f, a))
+            run = jax.jit(lambda a, t: derivatives(h, a, t))
             branches = (a, a | {"x": -a["x"]}) if structure is cond else (a,)
-            results.append([run(each, t) for each in branches])
-        check(*results)
+            return [run(each, t) for each in branches]
+
+        check(*both(compute))
 
 
 def test_forward_mode_through_a_while_loop():
     with jax.enable_x64(True):
-        results = []
-        for bn in (jbn, reference):
+
+        def compute(bn):
             f, a, t = problem("plain", bn)
-            h = lambda a, n, f=f: jax.lax.fori_loop(0, n, lambda i, a: step(f, a), a)  # noqa: E731
-            results.append(jax.jit(lambda a, t, n, h=h: jax.jvp(lambda a: h(a, n), (a,), (t,)))(a, t, 3))
-        check(*results)
+            h = lambda a, n: jax.lax.fori_loop(0, n, lambda i, a: step(f, a), a)  # noqa: E731
+            return jax.jit(lambda a, t, n: jax.jvp(lambda a: h(a, n), (a,), (t,)))(a, t, 3)
+
+        check(*both(compute))
 
 
 def test_vmapped_scan_of_gradients():
     """Training steps inside scan, several runs at once: what the experiments do."""
     with jax.enable_x64(True):
-        results = []
-        for bn in (jbn, reference):
+
+        def compute(bn):
             f, a, _ = problem(DEAD, bn)
 
-            def run(x, a=a, f=f):
+            def run(x):
                 def train_step(a, _):
                     g = jax.grad(loss(f))(a)
                     new = f(a)[1]
@@ -109,5 +111,6 @@ def test_vmapped_scan_of_gradients():
 
                 return jax.lax.scan(train_step, a | {"x": x}, length=3)
 
-            results.append(jax.jit(jax.vmap(run))(np.stack([a["x"], 2 * a["x"]])))
-        check(*results)
+            return jax.jit(jax.vmap(run))(np.stack([a["x"], 2 * a["x"]]))
+
+        check(*both(compute))

@@ -10,6 +10,7 @@ import numpy as np
 import oracle
 import pytest
 import reference
+from beside import both
 from cases import Case, draw, train
 from jax import export
 from mapping import KINDS, spread
@@ -57,7 +58,7 @@ CHECKPOINTS = {
 
 def compare(function, *args):
     """function(bn, *args) is the same for ours and for the reference."""
-    results = (jax.jit(functools.partial(function, bn))(*args) for bn in (jbn, reference))
+    results = both(lambda bn: jax.jit(functools.partial(function, bn))(*args))
     for got, want in zip(*map(jax.tree.leaves, results), strict=True):
         oracle.assert_close(got, want, np.float64, n=100, factor=100)
 

@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 import reference
+from beside import both
 from cases import PROBLEMS, loss, problem
 
 import jbn
@@ -69,12 +70,12 @@ def check(got, want):
 @pytest.mark.parametrize("group", TRANSFORMS)
 def test_like_plain_jnp(group, name):
     with jax.enable_x64(True):
-        results = []
-        for bn in (jbn, reference):
+
+        def compute(bn):
             f, a, t = problem(name, bn)
-            everything = lambda a, t, f=f: {key: of(f, a, t) for key, of in TRANSFORMS[group].items()}  # noqa: E731
-            results.append(jax.jit(everything)(a, t))
-        got, want = results
+            return jax.jit(lambda a, t: {key: of(f, a, t) for key, of in TRANSFORMS[group].items()})(a, t)
+
+        got, want = both(compute)
         for transform in TRANSFORMS[group]:
             print(transform)  # which pytest shows of what fails
             check(got[transform], want[transform])

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
+from beside import both
 from cases import PROBLEMS, draw_mask, loss, problem
 from test_transforms import check
 
@@ -49,12 +49,13 @@ def stacked(arrays, keys, n=3, axis=0):
 )
 def test_over(name, which):
     with jax.enable_x64(True):
-        results = []
-        for bn in (jbn, reference):
+
+        def compute(bn):
             f, a, _ = problem(name, bn)
             a, in_axes = stacked(a, BATCHED[which])
-            results.append(jax.jit(jax.vmap(several(f), in_axes=(in_axes,)))(a))
-        check(*results)
+            return jax.jit(jax.vmap(several(f), in_axes=(in_axes,)))(a)
+
+        check(*both(compute))
 
 
 @pytest.mark.parametrize("name", [DEAD, "mask, virtual batches, hard_swish"])
@@ -63,51 +64,55 @@ def test_over_the_mask(name, also_x):
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
         masks = np.stack([draw_mask(PROBLEMS[name], rng) for _ in range(3)])
-        results = []
-        for bn in (jbn, reference):
+
+        def compute(bn):
             f, a, _ = problem(name, bn)
             a, in_axes = stacked(a, ("x",) if also_x else ())
-            results.append(jax.jit(jax.vmap(several(f), in_axes=(in_axes, 0)))(a, masks))
-        check(*results)
+            return jax.jit(jax.vmap(several(f), in_axes=(in_axes, 0)))(a, masks)
+
+        check(*both(compute))
 
 
 @pytest.mark.parametrize("name", ["plain", DEAD])
 def test_other_axes(name):
     """Batched along the last axis, out along the second."""
     with jax.enable_x64(True):
-        results = []
-        for bn in (jbn, reference):
+
+        def compute(bn):
             f, a, _ = problem(name, bn)
             a, in_axes = stacked(a, ("x", "scale"), axis=-1)
-            results.append(jax.jit(jax.vmap(lambda a, f=f: f(a)[0], in_axes=(in_axes,), out_axes=1))(a))
-        check(*results)
+            return jax.jit(jax.vmap(lambda a: f(a)[0], in_axes=(in_axes,), out_axes=1))(a)
+
+        check(*both(compute))
 
 
 @pytest.mark.parametrize("name", ["plain", DEAD, "mask, virtual batches, hard_swish"])
 @pytest.mark.parametrize("inner, outer", [("x", "parameters"), ("everything", "x"), ("parameters", "everything")])
 def test_nested(name, inner, outer):
     with jax.enable_x64(True):
-        results = []
-        for bn in (jbn, reference):
+
+        def compute(bn):
             f, a, _ = problem(name, bn)
             a, inner_axes = stacked(a, BATCHED[inner], 2)
             a, outer_axes = stacked(a, BATCHED[outer], 3)
-            results.append(jax.jit(jax.vmap(jax.vmap(several(f), (inner_axes,)), (outer_axes,)))(a))
-        check(*results)
+            return jax.jit(jax.vmap(jax.vmap(several(f), (inner_axes,)), (outer_axes,)))(a)
+
+        check(*both(compute))
 
 
 @pytest.mark.parametrize("name", ["plain", DEAD])
 def test_derivatives_of_a_vmapped_function(name):
     """The other order: grad, and reverse over reverse, outside."""
     with jax.enable_x64(True):
-        results = []
-        for bn in (jbn, reference):
+
+        def compute(bn):
             f, a, _ = problem(name, bn)
             a, in_axes = stacked(a, BATCHED["everything"])
-            gradient = jax.grad(lambda a, f=f, axes=in_axes: jax.vmap(loss(f), (axes,))(a).sum())
-            squares = lambda a, g=gradient: sum((v**2).sum() for v in g(a).values())  # noqa: E731
-            results.append(jax.jit(jax.value_and_grad(squares))(a))
-        check(*results)
+            gradient = jax.grad(lambda a: jax.vmap(loss(f), (in_axes,))(a).sum())
+            squares = lambda a: sum((v**2).sum() for v in gradient(a).values())  # noqa: E731
+            return jax.jit(jax.value_and_grad(squares))(a)
+
+        check(*both(compute))
 
 
 def test_one_state_for_many_batches():

@@ -1,4 +1,4 @@
-"""What Triton compiles is compiled once, whichever test, worker of xdist or Python comes first: files in a folder."""
+"""What is long in coming is computed once, whichever test, worker of xdist or Python comes first: files in a folder."""
 
 import hashlib
 import os
@@ -13,8 +13,13 @@ folder: Path | None = None  # set by conftest
 
 def once(key: Hashable, compute: Callable):
     """compute(), or what an earlier call gave; the key's repr says all that it depends on beside Triton's release."""
+    return always((version("triton"), key), compute)
+
+
+def always(key: Hashable, compute: Callable):
+    """The same where Triton has no part in it."""
     assert folder is not None
-    path = folder / hashlib.sha256(repr((version("triton"), key)).encode()).hexdigest()
+    path = folder / hashlib.sha256(repr(key).encode()).hexdigest()
     if not path.exists():
         with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
             pickle.dump(compute(), file)
