@@ -1,5 +1,6 @@
 """What a launch compiles to, for devices that need not be there: registers, spills, memory, width of accesses."""
 
+import hashlib
 import re
 import subprocess
 import tempfile
@@ -59,6 +60,16 @@ def compile_only(launch: Launch, arrays: tuple[str, ...], target: str) -> Compil
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder
         return triton.compile(source, target=TARGETS[target], options=options)
+
+
+def name_of(launch: Launch, arrays: tuple[str, ...], target: str) -> str:
+    """Says all that a binary depends on, the kernel's source and Triton's release included: one name, one binary."""
+    numbers = ["one" if n == 1 else type(n).__name__ + "64" * (n >= 2**31) for n in launch.numbers]
+    outputs = [output.dtype for output in launch.outputs]
+    constants = sorted(launch.constants.items())
+    source = launch.kernel.cache_key  # of the kernel and all it calls
+    known = (source, triton.__version__, target, arrays, numbers, outputs, constants, launch.tiling.warps)
+    return hashlib.sha256(repr(known).encode()).hexdigest()[:16]
 
 
 def _number(value: int | float) -> str:

@@ -23,7 +23,7 @@ require("triton")
 # Triton is asked for first, so that its absence gets a remedy
 from experiments.benchmarks.in_flight import PROCESSORS, REGISTERS, in_flight, measured  # noqa: E402
 from jbn.kernels import launches  # noqa: E402
-from jbn.kernels.binaries import TARGETS, compile_launch  # noqa: E402
+from jbn.kernels.binaries import TARGETS, compile_launch, name_of  # noqa: E402
 from jbn.kernels.launches import ITEMSIZE, Launch, Mask, Problem  # noqa: E402
 from jbn.kernels.tiling import View  # noqa: E402
 
@@ -80,14 +80,14 @@ def representative(view: View, dtype: str, activation: str = "silu") -> dict[str
 
 
 def compiled(targets: Any = TARGETS, views: Any = VIEWS, dtypes: Any = DTYPES) -> Iterator[tuple[Any, ...]]:
-    """Every representative launch compiled for every target: (layout, dtype, name, launch, binary), one at a time."""
+    """Every launch compiled for every target, in turn: (layout, dtype, name, launch, binary, its name)."""
     for layout in views:
         for dtype in dtypes:
             for name, (launch, arrays) in representative(VIEWS[layout], dtype).items():
                 for target in targets:
                     with making("triton"):
                         binary = compile_launch(launch, arrays, target)
-                    yield layout, dtype, name, launch, binary
+                    yield layout, dtype, name, launch, binary, name_of(launch, arrays, target)
 
 
 def run(options: Options, results: Results) -> None:
@@ -104,7 +104,7 @@ def run(options: Options, results: Results) -> None:
     }
     count = len(representative(VIEWS["last"], "float32")) * len(targets) * len(views) * len(dtypes)
     with progress(count) as step:
-        for layout, dtype, name, launch, binary in compiled(targets, views, dtypes):
+        for layout, dtype, name, launch, binary, known in compiled(targets, views, dtypes):
             step(f"{binary.target}, channels {layout}, {dtype}, {name}")
             view, threads = VIEWS[layout], 32 * launch.tiling.warps
             nvidia, h100 = binary.target.startswith("sm_"), binary.target == "sm_90"
@@ -131,6 +131,7 @@ def run(options: Options, results: Results) -> None:
                     "in_flight_bytes": flying and flying.waiting,
                     "ceiling_tbs": round(flying.ceiling / 1e12, 2) if flying and h100 else None,
                     "of_a_copy": share and round(share, 3),
+                    "binary": known,
                 }
             )
     results.summary = {

@@ -5,7 +5,7 @@ import machine
 import pytest
 from triton.backends.nvidia.compiler import CUDABackend
 
-from jbn.kernels.binaries import compile_only
+from jbn.kernels.binaries import compile_only, name_of
 
 
 def run(launch, arrays, outputs, target: str = "sm_90", chosen=None) -> machine.Report:
@@ -24,18 +24,7 @@ def assembled(launch, arrays, target: str = "sm_90") -> tuple[str, int]:
             compiled = compile_only(launch, kinds, target)
         return compiled.asm["ptx"], compiled.metadata.shared
 
-    return kept.once(("ptx", *described(launch, kinds, target)), compute)
-
-
-def described(launch, kinds: tuple[str, ...], target: str) -> tuple:
-    """All that the binary of a launch on arrays of these dtypes depends on."""
-    constants = tuple(sorted(launch.constants.items()))
-    written = tuple(o.dtype for o in launch.outputs)
-    # whether a number is 1, and how wide it is, is part of what is compiled
-    numbers = tuple((type(n), n == 1, n >= 2**31) for n in launch.numbers)
-    # Triton's hash of the source and of what it calls
-    source = launch.kernel.cache_key
-    return source, kinds, written, numbers, constants, launch.tiling.warps, target
+    return kept.always(("ptx", name_of(launch, kinds, target)), compute)
 
 
 def run_text(launch, arrays, outputs, text: str, shared: int, seed: int = 0, chosen=None) -> machine.Report:

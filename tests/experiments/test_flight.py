@@ -49,18 +49,6 @@ def test_the_plan_begins_with_what_the_library_chooses():
     assert all(case.how.tiling is None and case.dtype == "bfloat16" for case in first)
 
 
-def test_names_tell_binaries_apart():
-    one, other = Case("moments", "alone", SHAPE, "bfloat16"), Case("moments", "alone", SHAPE, "bfloat16", SPLIT)
-    named = [ahead.name_of(pieces.launch_of(case), pieces.arrays_of(case)) for case in (one, other, one)]
-    assert named[0] == named[2] != named[1]
-    launch = pieces.launch_of(one)
-    wider = launch._replace(numbers=(2**31, *launch.numbers[1:]))
-    assert len({ahead.name_of(launch._replace(**change), pieces.arrays_of(one)) for change in (
-        {}, {"constants": launch.constants | {"UNROLL": 3}}, {"numbers": wider.numbers},
-        {"kernel": pieces.launch_of(Case("apply", "relu", SHAPE, "bfloat16")).kernel},
-    )}) == 4  # fmt: skip
-
-
 def test_prepare_compiles_two_tilings_once(tmp_path, capsys, monkeypatch):
     planned = [Case("apply", "relu", SHAPE, "bfloat16", Tried(Tiling(rows, 32, 3, 4))) for rows in (32, 64)]
     monkeypatch.setattr(plan, "everything", lambda: planned)

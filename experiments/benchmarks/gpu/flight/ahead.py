@@ -1,11 +1,10 @@
 """Compiles launches ahead of time into a folder, NAME.cubin and NAME.json for each, which stay while they are right.
 
-A name says all that a binary depends on, kernels' sources and Triton's version included: what did not change is not
-compiled again, and what changed cannot be taken for what it was.
+A name (`jbn.kernels.binaries.name_of`) says all that a binary depends on: what did not change is not compiled again,
+and what changed cannot be taken for what it was.
 """
 
 import concurrent.futures
-import hashlib
 import json
 import multiprocessing
 import os
@@ -14,24 +13,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import triton
-
 from experiments.benchmarks.gpu.flight.pieces import Case, arrays_of, launch_of
 from experiments.framework.record import replacing
 from jbn.kernels.binaries import compile_only
-from jbn.kernels.launches import Launch
 
 TARGET = "sm_90"
-
-
-def name_of(launch: Launch, arrays: tuple[str, ...]) -> str:
-    """The same for launches that one binary serves."""
-    numbers = ["one" if n == 1 else type(n).__name__ + "64" * (n >= 2**31) for n in launch.numbers]
-    outputs = [output.dtype for output in launch.outputs]
-    constants = sorted(launch.constants.items())
-    source = launch.kernel.cache_key  # of the kernel and all it calls
-    known = (source, triton.__version__, TARGET, arrays, numbers, outputs, constants, launch.tiling.warps)
-    return hashlib.sha256(repr(known).encode()).hexdigest()[:16]
 
 
 def compile_case(case: Case) -> tuple[bytes, dict[str, Any]]:

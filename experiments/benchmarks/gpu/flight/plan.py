@@ -9,6 +9,7 @@ from experiments.benchmarks.gpu.flight import ahead
 from experiments.benchmarks.gpu.flight.pieces import NAMED, PIECES, Case, arrays_of, launch_of, problem_of, reads_of
 from experiments.benchmarks.gpu.flight.raw import COPIED
 from experiments.material import cases
+from jbn.kernels.binaries import name_of
 
 BATCHES, DTYPES = (256, 32), ("bfloat16", "float32")
 KNEE = (4, 8, 16, 24, 32, 48, 64, 96, 128)  # MB of x, bfloat16: where L2 ends
@@ -46,7 +47,7 @@ def described(case: Case) -> dict[str, Any]:
     """A case as whoever launches it needs it, without Triton: see `raw`. Numbers that are 1 are compiled in."""
     launch, piece = launch_of(case), NAMED[case.kernel, case.fused]
     return {
-        "binary": ahead.name_of(launch, arrays_of(case)),
+        "binary": name_of(launch, arrays_of(case), ahead.TARGET),
         "kernel": case.kernel,
         "fused": case.fused,
         "shape": list(case.shape),
