@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -178,5 +179,7 @@ def numpy(value: Any) -> np.ndarray:
 
 def array(value: Any):
     """A tensor or array as JAX's, half precision as float32."""
-    found = jnp.asarray(numpy(value))
-    return found.astype(jnp.float32) if found.dtype in (jnp.float16, jnp.bfloat16) else found
+    found = numpy(value)
+    kind = np.float32 if found.dtype in (jnp.float16, jnp.bfloat16) else found.dtype
+    # a copy, as JAX shares memory with NumPy where it can; `jnp.asarray` would compile a program for each shape
+    return jax.device_put(np.array(found, kind))

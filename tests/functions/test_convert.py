@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 from flax import nnx
+from jax._src import compiler
 from oracle import assert_close
 
 import jbn
@@ -105,6 +106,17 @@ def test_cumulative_average_as_in_torch():
             var += (x.var(0, dtype=float, ddof=1) - var) / tracked
         np.testing.assert_allclose(new.mean, mean, rtol=1e-6, atol=1e-6)
         np.testing.assert_allclose(new.var, var, rtol=1e-6)
+
+
+def test_arrays_are_their_own_and_nothing_is_compiled(monkeypatch):
+    """A program for each shape would take seconds for a network; torch's tensors may go on being trained in place."""
+    monkeypatch.setattr(compiler, "backend_compile_and_load", lambda *_, **__: pytest.fail("something is compiled"))
+    tensors = {k: v.copy() for k, v in torch_dict().items()}
+    got = convert.from_torch(tensors)
+    for value in tensors.values():
+        value[...] = 7
+    for value, want in zip((*got.params, *got.state), weights(), strict=True):
+        np.testing.assert_array_equal(value, want)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
