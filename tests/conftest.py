@@ -25,6 +25,7 @@ import driver
 import jax
 import kept
 import plugin
+import programs
 import pytest
 from jax._src import compiler
 
@@ -88,6 +89,7 @@ def kept_files(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         if not driver.ON_GPU:
             driver.compile_once(patch)
+            programs.compile_once(patch, compiler)
         yield
 
 
