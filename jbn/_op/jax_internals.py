@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import jax
 from jax._src.custom_partitioning import _sharding_callbacks
 from jax._src.dispatch import apply_primitive, prim_requires_devices_during_lowering
+from jax._src.mesh import thread_resources
 from jax.extend.core import Jaxpr, JaxprEqn, Primitive
 from jax.extend.mlir import ir
 from jax.interpreters import batching
@@ -58,6 +59,13 @@ def is_own(ctx: Any) -> bool:
 def device_count(ctx: Any) -> int:
     """For how many devices a program is lowered; 1 inside `shard_map`, whose parts are each one device's."""
     return getattr(ctx.module_context.axis_context, "num_devices", 1)
+
+
+def lacks_mesh(ctx: Any) -> bool:
+    """Whether a program for several devices names no mesh: inside `jax.set_mesh`, when no argument lies on the mesh."""
+    context = ctx.module_context.axis_context
+    named = hasattr(context, "manual_axes") or getattr(context, "abstract_mesh", None) is not None
+    return device_count(ctx) > 1 and not named and thread_resources.env.physical_mesh.empty
 
 
 def name_partitioning(ctx: Any, out: Sequence[ir.Value], name: Callable[[dict[str, int], Sequence[str]], str]) -> None:

@@ -46,7 +46,7 @@ def _by_type(merged: Callable, local: Callable, plan: Plan, sharding) -> Callabl
             in_specs=tuple(given),
             out_specs=found,
             check_vma=False,
-        )(*(jax.reshard(value, spec) for value, spec in zip(flat, given, strict=True)))
+        )(*(jax.reshard(v, NamedSharding(sharding.mesh, spec)) for v, spec in zip(flat, given, strict=True)))
 
     return run
 

@@ -15,6 +15,7 @@ from jbn._op.jax_internals import (
     device_count,
     is_exported,
     is_own,
+    lacks_mesh,
     lower_with_devices,
     name_partitioning,
     platforms,
@@ -211,9 +212,12 @@ def _lower_as(
 def _splits(ctx, plan) -> bool:
     """Whether each device gets its own part of x by rules of ours.
 
-    Over an automatic mesh they call back into this process, which exported code cannot: there XLA splits by itself.
+    Over an automatic mesh they call back into this process, which exported code cannot: there XLA splits by itself. So
+    it does where the program has no mesh, by whose axes alone rules can split, and inside an explicit one, where JAX
+    (0.11 and later) cannot lower what a rule gives back.
     """
-    return plan.may_partition and (is_explicit(ctx.avals_in[0].sharding) or not is_exported(ctx))
+    by_compiler = not (is_exported(ctx) or lacks_mesh(ctx) or jax.sharding.get_abstract_mesh().explicit_axes)
+    return plan.may_partition and (is_explicit(ctx.avals_in[0].sharding) or by_compiler)
 
 
 def _divides(ctx, plan) -> bool:

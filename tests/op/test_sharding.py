@@ -210,6 +210,31 @@ def test_explicit_mesh(devices, sharding):
         check(gradients(train(CASE))(arrays, state, mask, place(cotangent())))
 
 
+@pytest.mark.parametrize("kinds", ["Auto Auto", "Explicit Explicit", "Explicit Auto"])
+@pytest.mark.parametrize("placed", ["nothing", "parameters", "all, whole"])
+def test_arrays_that_no_axis_of_the_mesh_splits(devices, kinds, placed):
+    """Inside `jax.set_mesh` what comes from outside it lies on no mesh, and what is made there on each device."""
+    kinds = tuple(getattr(jax.sharding.AxisType, kind) for kind in kinds.split())
+    mesh = jax.make_mesh((4, 2), AXES, axis_types=kinds, devices=devices)
+    with jax.set_mesh(mesh):
+        place = lambda a: jax.device_put(a, NamedSharding(mesh, P()))  # noqa: E731
+        arrays, state, mask = inputs()
+        if placed != "nothing":
+            few = placed == "parameters"
+            arrays = {k: a if few and k in ("x", "residual") else place(a) for k, a in arrays.items()}
+            state, mask = jax.tree.map(place, state), mask if few else place(mask)
+        check(gradients(train(CASE))(arrays, state, mask, cotangent()))
+
+
+def test_explicit_mesh_without_entering_it(devices):
+    """The arrays' types name the mesh."""
+    mesh = jax.make_mesh((4, 2), AXES, axis_types=(jax.sharding.AxisType.Explicit,) * 2, devices=devices)
+    place = lambda a: jax.device_put(a, NamedSharding(mesh, P("a", "b")))  # noqa: E731
+    arrays, state, mask = inputs()
+    arrays = arrays | {k: place(arrays[k]) for k in ("x", "residual")}
+    check(gradients(train(CASE))(arrays, state, mask, place(cotangent())))
+
+
 @pytest.mark.parametrize("sharding, vector", [("batch", "a"), ("batch and channels", "a"), ("batch, over both", "b")])
 def test_explicit_vectors_over_axes_of_the_batch(devices, sharding, vector):
     """Parameters and state that are stored in parts are gathered where they are used, and come back in parts."""
