@@ -152,7 +152,7 @@ def bn_train(
     known = isinstance(momentum, float | int)
     count = row_count(plan, x)
     mixes = mask is None and isinstance(count, int) and count > 0 and known and _TINY <= momentum < 1
-    fixed = _Training(plan, sync, virtual, bool(unbiased), mixes)
+    fixed = _Training(plan, sync, virtual, checks.check_flag("unbiased", unbiased), mixes)
     # of a number its rest to 1 is exact
     y, state = _train(fixed, *arrays, mask, momentum, 1 - momentum if known else None, renorm)
     return called(outside, y), state

@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import core, lax
 
 from jbn._op.activations import ACTIVATIONS, NEGATIVE_SLOPE, encoded
@@ -17,7 +18,7 @@ IMPLEMENTATIONS = (None, "xla", "triton")
 
 def check_input(x) -> jax.Array:
     """x as an array of a supported dtype and rank ≥ 1."""
-    x = x if hasattr(x, "dtype") else jnp.asarray(x)
+    x = _typed("x", x)
     dtype = _dtype(x)
     if dtype.name not in FLOATS:
         remedy = "cast it, e.g. x.astype(jnp.float32)"
@@ -25,18 +26,24 @@ def check_input(x) -> jax.Array:
             remedy = "normalise real and imaginary parts apart, or use jbn.linen/jbn.nnx, which leave it to Flax"
         raise TypeError(f"x has dtype {dtype.name}, expected one of {', '.join(FLOATS)}: {remedy}")
     x = _array(x)
+    _check_rank(x)
+    return x
+
+
+def _check_rank(x) -> None:
     if x.ndim == 0:
         raise ValueError("x is a scalar, expected rank >= 1 with channels along `axis`: add axes, e.g. x[None, None]")
-    return x
 
 
 def check_axis(axis, x) -> int:
     """The position of the channel axis, ≥ 0."""
+    _check_rank(x)
     try:
-        position = operator.index(axis)
+        position = _integer(axis)
     except TypeError:
         raise TypeError(
-            f"axis is {axis!r}, expected one integer: move or reshape several channel axes into one"
+            f"axis is {axis!r}, expected one integer that is known at tracing: give it, and move or reshape several "
+            "channel axes into one"
         ) from None
     if not -x.ndim <= position < x.ndim:
         raise ValueError(
@@ -49,7 +56,7 @@ def check_mask(mask, x):
     """The mask as a bool array of x's rank, or None."""
     if mask is None:
         return None
-    mask = _array(mask)
+    mask = _array(_typed("mask", mask))
     if mask.dtype != bool:
         raise TypeError(f"mask has dtype {mask.dtype.name}, expected bool: convert it, e.g. mask.astype(bool)")
     if mask.ndim != x.ndim:
@@ -68,6 +75,7 @@ def check_residual(residual, x):
     """The residual as a float array of x's shape, or None."""
     if residual is None:
         return None
+    residual = _typed("residual", residual)
     dtype = _dtype(residual)
     if dtype.name not in FLOATS:
         raise TypeError(f"residual has dtype {dtype.name}, expected one of {', '.join(FLOATS)}: cast it")
@@ -84,6 +92,9 @@ def check_vectors(name: str, value, kind: type, channels: int, x, axis):
             f"{name} is a {type(value).__name__}, expected jbn.{kind.__name__}: params come first, then state, "
             "as jbn.bn_init returns them"
         )
+    value = kind(
+        *(v if v is None else _typed(f"{name}.{field}", v) for field, v in zip(kind._fields, value, strict=True))
+    )
     for field, vector in zip(value._fields, value, strict=True):
         if vector is None and name == "params":
             continue
@@ -140,12 +151,18 @@ def check_dtype(dtype) -> jnp.dtype:
 def check_positive(name: str, value, expected: str, remedy: str) -> int:
     """An integer ≥ 1."""
     try:
-        number = operator.index(value)
+        number = _integer(value)
     except TypeError:
         raise TypeError(f"{name} is {value!r}, expected {expected}: {remedy}") from None
     if number < 1:
         raise ValueError(f"{name} is {value!r}, expected {expected}: {remedy}")
     return number
+
+
+def check_flag(name: str, value) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} is {value!r}, expected True or False, known at tracing: give one of them")
+    return bool(value)
 
 
 def check_implementation(implementation) -> None:
@@ -181,7 +198,7 @@ def check_names(axis_name, groups) -> Sync:
     """Who shares the statistics: the bound axis names, and their groups as tuples."""
     names = axis_names(axis_name)
     for name in names:
-        if _several(name) or not isinstance(name, Hashable):
+        if _several(name) or isinstance(name, int) or not isinstance(name, Hashable):
             raise TypeError(
                 f"axis_name is {axis_name!r}, expected None, a name or a sequence of names: give e.g. 'data'"
             )
@@ -222,6 +239,30 @@ def axis_names(axis_name) -> tuple:
 
 def _several(axis_name) -> bool:
     return isinstance(axis_name, Sequence) and not isinstance(axis_name, str)
+
+
+def _integer(value) -> int:
+    """`operator.index`, to which True is 1.
+
+    Raises:
+      TypeError: it is no integer.
+    """
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)
+
+
+def _typed(name: str, value):
+    """`value` if it has a dtype, else an array of the numbers that it lists."""
+    if hasattr(value, "dtype"):
+        return value
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{name} is a {type(value).__name__} that makes no array, expected numbers in lists of one length, or an "
+            "array: give e.g. jnp.zeros((8, 3))"
+        ) from None
 
 
 def _array(value) -> jax.Array:

@@ -46,6 +46,12 @@ BOTH = [  # keyword arguments, then what the message must hold: the argument, wh
     (dict(epsilon=np.ones(3, "f4")), "epsilon", r"\(3,\)", "scalar"),
     (dict(dtype=jnp.int32), "dtype", "int32", "float|cast"),
     (dict(dtype=jnp.complex64), "dtype", "complex64", "float|cast"),
+    (dict(axis=True), "axis", "True", "integer"),
+    (dict(x=None), "x", "NoneType", "array"),
+    (dict(x="abc"), "x", "str", "array"),
+    (dict(x=[[1.0], [1.0, 2.0]]), "x", "list", "of one length"),
+    (dict(params=PARAMS._replace(scale=[[1.0], []])), r"params\.scale", "list", "of one length"),
+    (dict(residual="abc"), "residual", "str", "array"),
 ]
 
 TRAIN = [
@@ -69,6 +75,10 @@ TRAIN = [
     (dict(axis_name="nope"), "axis_name", "'nope'", "shard_map|pmap|vmap"),
     (dict(axis_name=("nope", "neither")), "axis_name", "'nope'", "shard_map|pmap|vmap"),
     (dict(axis_index_groups=[[0, 1]]), "axis_index_groups", "None", "axis_name"),
+    (dict(unbiased="no"), "unbiased", "'no'", "True or False"),
+    (dict(axis_name=3), "axis_name", "3", "'data'"),
+    (dict(virtual_batch_size=True), "virtual_batch_size", "True", "integer"),
+    (dict(mask="abc"), "mask", "str", "array"),
 ]
 
 
@@ -104,6 +114,14 @@ def test_train(bad, name, came, remedy):
 def test_eval(bad, name, came, remedy):
     (params, state, x), options = arguments(bad)
     raises(lambda: jbn.bn_eval(params, state, x, **options), name, came, remedy)
+
+
+def test_lists_are_arrays():
+    """Wherever x is one."""
+    lists = jax.tree.map(lambda v: v.tolist(), (PARAMS, STATE, X), is_leaf=lambda v: isinstance(v, np.ndarray))
+    y, state = jbn.bn_train(*lists, residual=X.tolist())
+    want = jbn.bn_train(PARAMS, STATE, X, residual=X)
+    jax.tree.map(np.testing.assert_array_equal, (y, state), want)
 
 
 @pytest.mark.parametrize("bad, name, came, remedy", BOTH[4:9] + TRAIN[6:12], ids=name_of)
