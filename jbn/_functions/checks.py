@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import core, lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jbn._op.activations import ACTIVATIONS, NEGATIVE_SLOPE, encoded
+from jbn._op.plan import is_split
 from jbn._op.sync import Sync, bound
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -68,6 +70,10 @@ def check_mask(mask, x):
         raise ValueError(
             f"mask has shape {mask.shape}, which does not broadcast to x of shape {x.shape}: give 1 or x's size"
         )
+    sharding = jax.typeof(mask).sharding
+    if is_split(sharding) and not is_split(jax.typeof(x).sharding):
+        # y is laid out as x is, whatever the mask, and its derivatives have to be
+        mask = jax.reshard(mask, NamedSharding(sharding.mesh, PartitionSpec()))
     return mask
 
 

@@ -90,7 +90,12 @@ def compute_dtype(dtype) -> jnp.dtype:
 
 def is_explicit(sharding) -> bool:
     """Whether an explicit mesh says, in a type, how an array is split, or that it is not; else the compiler decides."""
-    return sharding.mesh.are_all_axes_explicit or any(entry is not None for entry in sharding.spec)
+    return sharding.mesh.are_all_axes_explicit or is_split(sharding)
+
+
+def is_split(sharding) -> bool:
+    """Whether an explicit mesh splits an array."""
+    return any(entry is not None for entry in sharding.spec)
 
 
 def where(condition, value, otherwise):

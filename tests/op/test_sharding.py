@@ -1,5 +1,6 @@
 """Several named axes at once, and jit over sharded arrays, where statistics are global without a name."""
 
+import contextlib
 import functools
 import re
 
@@ -233,6 +234,16 @@ def test_explicit_mesh_without_entering_it(devices):
     arrays, state, mask = inputs()
     arrays = arrays | {k: place(arrays[k]) for k in ("x", "residual")}
     check(gradients(train(CASE))(arrays, state, mask, place(cotangent())))
+
+
+@pytest.mark.parametrize("entered", [False, True])
+def test_only_the_mask_over_an_explicit_mesh(devices, entered):
+    """y lies as x does."""
+    mesh = jax.make_mesh((4, 2), AXES, axis_types=(jax.sharding.AxisType.Explicit,) * 2, devices=devices)
+    with jax.set_mesh(mesh) if entered else contextlib.nullcontext():
+        arrays, state, mask = inputs()
+        mask = jax.device_put(mask, NamedSharding(mesh, P("a")))
+        check(gradients(train(CASE))(arrays, state, mask, cotangent()))
 
 
 @pytest.mark.parametrize("sharding, vector", [("batch", "a"), ("batch and channels", "a"), ("batch, over both", "b")])
