@@ -8,10 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import core, lax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jbn._op.activations import ACTIVATIONS, NEGATIVE_SLOPE, encoded
-from jbn._op.plan import is_split
 from jbn._op.sync import Sync, bound
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -70,10 +68,6 @@ def check_mask(mask, x):
         raise ValueError(
             f"mask has shape {mask.shape}, which does not broadcast to x of shape {x.shape}: give 1 or x's size"
         )
-    sharding = jax.typeof(mask).sharding
-    if is_split(sharding) and not is_split(jax.typeof(x).sharding):
-        # y is laid out as x is, whatever the mask, and its derivatives have to be
-        mask = jax.reshard(mask, NamedSharding(sharding.mesh, PartitionSpec()))
     return mask
 
 
@@ -98,12 +92,12 @@ def check_vectors(name: str, value, kind: type, channels: int, x, axis):
             f"{name} is a {type(value).__name__}, expected jbn.{kind.__name__}: params come first, then state, "
             "as jbn.bn_init returns them"
         )
-    value = kind(
-        *(v if v is None else _typed(f"{name}.{field}", v) for field, v in zip(kind._fields, value, strict=True))
-    )
+    vectors = []
     for field, vector in zip(value._fields, value, strict=True):
         if vector is None and name == "params":
+            vectors.append(None)
             continue
+        vector = None if vector is None else _typed(f"{name}.{field}", vector)
         dtype = "None" if vector is None else _dtype(vector).name
         if vector is None or dtype not in FLOATS:
             raise TypeError(f"{name}.{field} has dtype {dtype}, expected one of {', '.join(FLOATS)}: cast it")
@@ -112,7 +106,8 @@ def check_vectors(name: str, value, kind: type, channels: int, x, axis):
                 f"{name}.{field} has shape {jnp.shape(vector)}, expected ({channels},) for x of shape {x.shape} with "
                 f"axis={axis}: make it with jbn.bn_init({channels}), or give the axis of the channels"
             )
-    return kind(*(None if vector is None else _array(vector) for vector in value))
+        vectors.append(_array(vector))
+    return kind(*vectors)
 
 
 def check_activation(activation, negative_slope) -> tuple[str | None, Callable | None]:

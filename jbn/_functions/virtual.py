@@ -94,7 +94,7 @@ def _split(value, examples: int, size: int):
 
 
 def _explicit(value):
-    """The sharding in the value's type, where an explicit mesh splits it."""
+    """The sharding in the value's type, where an explicit mesh says it."""
     sharding = jax.typeof(value).sharding
     return sharding if is_explicit(sharding) else None
 

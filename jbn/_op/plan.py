@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jbn._op.sync import Sync
 
@@ -100,9 +101,11 @@ def is_split(sharding) -> bool:
 
 def where(condition, value, otherwise):
     """`jnp.where`, over an explicit mesh too, where it asks that all three are sharded alike: as `value` is."""
-    sharding = jax.typeof(value).sharding
+    sharding, other = (jax.typeof(v).sharding for v in (value, condition))
     if is_explicit(sharding):
         condition = jax.reshard(jnp.broadcast_to(condition, value.shape), sharding)
         if jnp.ndim(otherwise):
             otherwise = jax.reshard(jnp.broadcast_to(otherwise, value.shape), sharding)
+    elif is_split(other):  # a mask alone
+        condition = jax.reshard(condition, NamedSharding(other.mesh, PartitionSpec()))
     return jnp.where(condition, value, otherwise)

@@ -17,7 +17,7 @@ def once(key: Hashable, compute: Callable):
 
 
 def always(key: Hashable, compute: Callable):
-    """The same where Triton has no part in it."""
+    """The same where Triton has no part in it, or the key says its release too."""
     assert folder is not None
     path = folder / hashlib.sha256(repr(key).encode()).hexdigest()
     if not path.exists():

@@ -15,11 +15,10 @@ def compile_once(patch, compiler) -> None:
 
     @wraps(compile_)
     def once(backend, module, devices, options, host_callbacks, *rest, **named):
-        if host_callbacks or rest or named:
-            return compile_(backend, module, devices, options, host_callbacks, *rest, **named)
         text = module.operation.get_asm()
-        if "CustomSPMDPartitioning" in text:  # by a rule in Python
-            return compile_(backend, module, devices, options, host_callbacks)
+        split_by_a_rule = "CustomSPMDPartitioning" in text
+        if host_callbacks or split_by_a_rule or rest or named:
+            return compile_(backend, module, devices, options, host_callbacks, *rest, **named)
         key = id(backend), str(devices), options.SerializeAsString(), text
         if key not in made:
             made[key] = compile_(backend, module, devices, options, host_callbacks)
