@@ -4,6 +4,7 @@ Each takes Flax's BatchNorm as well as ours: what is imported as BatchNorm is al
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -84,6 +85,8 @@ class MLP(nn.Module):
 
 
 STAGES = ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2))  # features, blocks, stride of the first block
+# blocks before which a checkpoint begins: behind those that stride, whose outputs are the smallest; and a way between
+SEGMENTS = (0, 4, 8, 11, 14, 16)
 POOL: Any = {"window_shape": (3, 3), "strides": (2, 2), "padding": ((1, 1), (1, 1))}
 EXPANSION = 4  # of a bottleneck's output over its width
 KERNEL_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015b, eq. 14
@@ -135,6 +138,10 @@ class ResNet50(nn.Module):
 
     `x`: (n, h, w, 3) images, channels last; returns (n, num_classes) logits. `norm` is built as
     `norm(use_running_average=…, momentum=0.9, epsilon=1e-5, dtype=dtype)`.
+
+    With `policy` (of `jax.checkpoint_policies`) the backward pass has what that names and the inputs of SEGMENTS, and
+    computes the rest of a segment anew when its turn has come: of one checkpoint around all, all blocks' outputs would
+    be there at once.
     """
 
     num_classes: int = 1000
@@ -142,17 +149,27 @@ class ResNet50(nn.Module):
     dtype: Any = None
     fused: bool = False  # activation and residual inside the norms, which must be ours
     stages: int | None = None  # the first ones alone: no ResNet-50, but soon done
+    policy: Callable[..., bool] | None = None
 
     @nn.compact
     def __call__(self, x: Array, train: bool = True) -> Array:
         norm = functools.partial(
             self.norm, use_running_average=not train, momentum=MOMENTUM, epsilon=EPSILON, dtype=self.dtype
         )
-        x = nn.Conv(64, (7, 7), (2, 2), padding=3, use_bias=False, dtype=self.dtype, kernel_init=KERNEL_INIT)(x)
-        x = norm_relu(norm, self.fused, x)
-        x = nn.max_pool(x, **POOL)
-        for features, stride in bottlenecks(self.stages):
-            x = Bottleneck(features, stride, norm, self.dtype, self.fused)(x)
+
+        def stem(_: nn.Module, x: Array) -> Array:
+            x = nn.Conv(64, (7, 7), (2, 2), padding=3, use_bias=False, dtype=self.dtype, kernel_init=KERNEL_INIT)(x)
+            return nn.max_pool(norm_relu(norm, self.fused, x), **POOL)
+
+        def segment(_: nn.Module, x: Array, blocks: list[tuple[int, int]]) -> Array:
+            for features, stride in blocks:
+                x = Bottleneck(features, stride, norm, self.dtype, self.fused)(x)
+            return x
+
+        blocks = bottlenecks(self.stages)
+        cuts = (blocks[begin:end] for begin, end in itertools.pairwise(SEGMENTS))
+        for part in stem, *(functools.partial(segment, blocks=cut) for cut in cuts if cut):
+            x = (part if self.policy is None else nn.remat(part, policy=self.policy))(self, x)
         return nn.Dense(self.num_classes, dtype=self.dtype)(x.mean((1, 2)))
 
 
