@@ -17,7 +17,7 @@ from experiments.benchmarks.gpu.timing import Prepared
 from jbn._functions.autotune_measure import chain
 
 MOMENTUM, EPSILON = 0.9, 1e-5
-IMPLEMENTATIONS: dict[str, Any] = {"jbn triton": "triton", "jbn xla": "xla"}
+IMPLEMENTATIONS: dict[str, Any] = {"jbn triton": "triton", "jbn xla": "xla", "jbn": None}
 NAMES = (*IMPLEMENTATIONS, "flax.linen", "copy")
 
 
@@ -133,37 +133,54 @@ def fingerprint(x: Any, dy: Any, y: Any, dx: Any, *dresidual: Any) -> list[Any]:
     return [(y * y).mean(), (y * x).mean(), (dx * dx).mean(), (dx * dy).mean(), *((r * dy).mean() for r in rest)]
 
 
-def prepare_step(
-    name: str, batch: int, size: int = 224, named: bool = False
-) -> tuple[Callable[[], Any], Callable[[Any], Any], int | None]:
-    """A training step of ResNet-50 in bfloat16 with SGD and momentum; what waits for it; bytes that it is to take.
+Stepped = tuple[Callable[[], Any], Callable[[Any], Any], int | None]
 
-    With `named` the backward pass has the batch norms' inputs and statistics alone, and recomputes what follows them.
+
+def prepare_step(name: str, batch: int, size: int = 224) -> Stepped:
+    """A training step of ResNet-50 in bfloat16 with SGD and momentum; what waits for it; bytes that it is to take."""
+    return lower_step(name, batch, size)()
+
+
+def lower_step(name: str, batch: int, size: int = 224, named: str = "") -> Callable[[], Stepped]:
+    """What compiles and prepares a training step: until it is called the device is not used.
+
+    With `named` the backward pass has the batch norms' inputs and statistics alone, and recomputes what follows them:
+    of "all" the network in one checkpoint, or of "segments", each in one of its own.
     """
     from experiments.material.models import ResNet50
     from experiments.material.train import step_of
 
+    policy = jax.checkpoint_policies.save_only_these_names("bn_input", "bn_stats")
+    of = {"dtype": jnp.bfloat16, "policy": policy if named == "segments" else None}
     if name == "flax.linen":
-        model = ResNet50(norm=nn.BatchNorm, dtype=jnp.bfloat16)
+        model = ResNet50(norm=nn.BatchNorm, **of)
     else:
         norm = functools.partial(jbn.linen.BatchNorm, implementation=IMPLEMENTATIONS[name])
-        model = ResNet50(norm=norm, dtype=jnp.bfloat16, fused=True)
-    images = draw(Task("", (batch, size, size, 3)), 0)
-    labels = jnp.arange(batch) % 1000
+        model = ResNet50(norm=norm, fused=True, **of)
     optimizer = optax.sgd(0.1, momentum=0.9)
-    variables = jax.jit(functools.partial(model.init, train=True))(jax.random.key(0), images[:1])
-    params, stats = variables["params"], variables["batch_stats"]
-    policy = jax.checkpoint_policies.save_only_these_names("bn_input", "bn_stats")
-    around = {"around": functools.partial(jax.checkpoint, policy=policy)} if named else {}
+    around = {"around": functools.partial(jax.checkpoint, policy=policy)} if named == "all" else {}
+
+    def begin(key: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
+        images = draw(Task("", (batch, size, size, 3)), 0)
+        variables = model.init(key, images[:1], train=True)
+        params, stats = variables["params"], variables["batch_stats"]
+        return (params, stats, optimizer.init(params)), images, jnp.arange(batch) % 1000
+
     train = jax.jit(step_of(model, optimizer, **around), donate_argnums=0)
-    kept = [(params, stats, optimizer.init(params))]
-    compiled = train.lower(kept[0], images, labels).compile()
+    lowered = train.lower(*jax.eval_shape(begin, jax.eval_shape(lambda: jax.random.key(0))))
 
-    def step():
-        kept[0], value = compiled(kept[0], images, labels)
-        return value
+    def prepare() -> Stepped:
+        compiled = lowered.compile()
+        kept, images, labels = jax.jit(begin)(jax.random.key(0))
+        state = [kept]
 
-    return step, jax.block_until_ready, planned_memory(compiled)
+        def step() -> Any:
+            state[0], value = compiled(state[0], images, labels)
+            return value
+
+        return step, jax.block_until_ready, planned_memory(compiled)
+
+    return prepare
 
 
 def planned_memory(compiled: Any) -> int | None:

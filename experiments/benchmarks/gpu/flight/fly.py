@@ -58,27 +58,28 @@ def first(parts: Parts, dry: bool = False) -> bool:
 
 
 def second(parts: Parts, dry: bool = False) -> bool:
-    """Layers and training steps through jax beside Flax's and PyTorch's; then the core's tests with kernels."""
+    """Training steps and layers through jax beside Flax's and PyTorch's."""
     command = python("-m", "experiments.benchmarks.gpu.flight.side_by_side", str(parts.lines.file.name))
     with tempfile.TemporaryDirectory() as scratch:
         options = ["--dump", scratch, *["--tiny"] * dry]
-        well = parts.run(Part("flight2-steps", [*command, "steps", "--seconds", "72", *options], 76, VARIABLES))
+        well = parts.run(Part("flight2-steps", [*command, "steps", "--seconds", "86", *options], 90, VARIABLES))
         well &= parts.run(Part("flight2-layers", [*command, "layers", "--seconds", "60", *options], 70, VARIABLES))
         keep_programs(Path(scratch), parts.folder / "flight2-xla.tar.gz")
-    return parts.run(tests("flight2-core", 100, 12, *CORE)) and well
+    return well
 
 
 def third(parts: Parts, dry: bool = False) -> bool:
-    """Raw again; memcheck and racecheck on the kernels alone; the same bits with other streams busy."""
+    """Raw again; memcheck and racecheck on kernels alone; the core's tests; the same bits with other streams busy."""
     well = is_prepared(FOLDER) or parts.run(compiling())
-    well &= parts.run(raw("flight3-raw", parts, 62, *["--dry"] * dry))
+    well &= parts.run(raw("flight3-raw", parts, 30, *["--dry"] * dry))
     small = ("--host", "--largest", SMALL, "--each", "2", *["--dry"] * dry)
     checks = [
-        raw(f"flight3-{tool}", parts, 48, *small, tool=None if dry else tool) for tool in ("memcheck", "racecheck")
+        raw(f"flight3-{tool}", parts, 36, *small, tool=None if dry else tool) for tool in ("memcheck", "racecheck")
     ]
     well &= parts.run(*checks)
+    well &= parts.run(tests("flight3-core", 44, 12, *CORE))
     repeating = ("--repeat", "100", "--each", "1")
-    return parts.run(raw("flight3-bits", parts, 40, *repeating, *["--dry"] * dry)) and well
+    return parts.run(raw("flight3-bits", parts, 30, *repeating, *["--dry"] * dry)) and well
 
 
 VARIABLES = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JBN_TEST_GPU": "1"}

@@ -2,10 +2,11 @@
 
 python -m experiments.benchmarks.gpu.flight.side_by_side LINES {steps | layers} [--seconds S] [--dump FOLDER] [--tiny]
 
-Training steps, each in a process of its own, compile side by side and are timed as they are ready. Layers are compiled
-for most of the time, then timed task by task, each candidate in turn, while nothing compiles. Lines: "step" (`steps`)
-and "layer": microseconds of a pass, `host_us` of handing it over (where both are alike, the host was timed), `same`,
-whether results are Flax's up to rounding.
+Training steps, each in a process of its own, are compiled and timed one after the other: what XLA finds out of
+convolutions in one holds for all (`--xla_gpu_per_fusion_autotune_cache_dir`), else chance decides between them. Layers
+are compiled for most of the time, then timed task by task, each candidate in turn, while nothing compiles. Lines:
+"step" and "kernels" (`steps`), and "layer": microseconds of a pass, `host_us` of handing it over (where both are
+alike, the host was timed), `same`, whether results are Flax's up to rounding.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +30,28 @@ from experiments.material import cases
 
 CANDIDATES = ("jbn triton", "jbn xla", "flax.linen", "torch", "torch cudnn")
 BASELINE = "flax.linen"
-KINDS = (("jbn triton", False), ("flax.linen", False), ("jbn triton", True)), (("jbn xla", False), ("jbn xla", True))
-# (candidate, batch, whether the named policy is used), the most valuable first
-STEPS = tuple((name, batch, named) for kinds in KINDS for batch in (128, 256) for name, named in kinds)
-AT_ONCE = 3  # steps that compile side by side: each takes several cores
+# "CANDIDATE, BATCH[, what is checkpointed]" of training steps and "BATCH, FUSED" of layers, the most valuable first
+STEPS = (
+    *("jbn triton, 128", "flax.linen, 128", "jbn triton, 128, segments", "jbn, 128", "jbn xla, 128"),
+    *("jbn triton, 256", "flax.linen, 256", "jbn triton, 256, segments"),
+)
+LAYERS = (
+    *(f"{batch}, {fused}" for fused in ("relu", "add + relu") for batch in (256, 128)),
+    *("32, relu", "32, add + relu", "256, alone", "128, alone", "32, alone"),
+)
 SAMPLES, SECONDS = 3, 0.01
+AT_ONCE = 2  # training steps: one has the device, and the next is lowered
 PATIENCE = 40  # seconds that a candidate is given for a task
 HELD = 2 * 2**30  # bytes that PyTorch may hold between tasks; on an H100 it held 31 GiB, and others had no room
 TIMING = 0.5  # of the time for layers is for timing them
 
 
-def tasks() -> list[Task]:
-    """ResNet-50's shapes in bfloat16, the largest first; of batches and fusions, those that marks are set for."""
+def tasks(asked: Sequence[str] = LAYERS) -> list[Task]:
+    """ResNet-50's shapes in bfloat16, of each batch and fusion the largest first."""
     found = []
-    for batch, fused in ((256, "relu"), (256, "add + relu"), (128, "relu"), (32, "relu"), (128, "add + relu"),
-                         (32, "add + relu"), (256, "alone"), (128, "alone"), (32, "alone")):  # fmt: skip
-        shapes = sorted(cases.distinct(cases.resnet50(batch)), key=plan.size, reverse=True)
+    for each in asked:
+        batch, fused = each.split(", ")
+        shapes = sorted(cases.distinct(cases.resnet50(int(batch))), key=plan.size, reverse=True)
         found += [Task(case.name, case.shape, fused=fused) for case in shapes]
     return found
 
@@ -71,10 +78,11 @@ class Device:
         folder = self.dump / name.replace(" ", "-")
         return {"XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=.*{programs}.*"}
 
-    def begin_steps(self, steps: tuple[tuple[str, int, bool], ...], lock: Path, tiny: bool) -> None:
-        """Steps start to compile, as many as may AT_ONCE."""
-        for name, batch, named in steps:
-            self.waiting.append([str(lock), name, str(batch), *["--named"] * named, *["--tiny"] * tiny])
+    def begin_steps(self, steps: Sequence[str], lock: Path, tiny: bool) -> None:
+        """The first steps start; the others wait for their turn."""
+        for each in steps:
+            name, batch, *named = each.split(", ")
+            self.waiting.append([str(lock), name, batch, *(f"--named={of}" for of in named), *["--tiny"] * tiny])
         self.more_steps()
 
     def compile_layers(self, asked: list[Task], seconds: float) -> None:
@@ -98,8 +106,10 @@ class Device:
                 str(self.lines.file.name),
                 *arguments,
             ]
-            environment = {**os.environ, **self.dumping("-".join(["step", *arguments[1:]]), "train")}
-            self.steps.append(subprocess.Popen(command, env=environment))
+            environment = self.dumping("-".join(["step", *arguments[1:]]), "train")
+            shared = f"--xla_gpu_per_fusion_autotune_cache_dir={Path(arguments[0]).parent}"
+            environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {shared}"
+            self.steps.append(subprocess.Popen(command, env={**os.environ, **environment}))
         del self.waiting[: AT_ONCE - running]
         return any(process.poll() is None for process in self.steps)
 
@@ -153,19 +163,25 @@ def main() -> None:
     parser.add_argument("what", choices=["steps", "layers"])
     parser.add_argument("--seconds", type=float, default=100, help="of all (default: 100)")
     parser.add_argument("--dump", type=Path, help="folder for XLA's programs")
+    parser.add_argument(
+        "--candidates", nargs="+", default=CANDIDATES, choices=CANDIDATES, help="of layers (default: all)"
+    )
+    parser.add_argument(
+        "--only", nargs="+", help="which steps or layers, as STEPS and LAYERS have them (default: these)"
+    )
     parser.add_argument("--tiny", action="store_true", help="small tasks or a small step, without kernels")
     options = parser.parse_args()
     lines, deadline = Lines(options.lines), started + options.seconds
-    names = ("jbn xla", "flax.linen") if options.tiny else CANDIDATES
+    names = ("jbn xla", "flax.linen") if options.tiny else tuple(options.candidates)
     device = Device(lines, names if options.what == "layers" else (), options.dump)
     try:
         if options.what == "steps":
             with tempfile.TemporaryDirectory() as folder:
-                steps = (("jbn xla", 2, True),) if options.tiny else STEPS
+                steps = ("jbn xla, 2, segments",) if options.tiny else options.only or STEPS
                 device.begin_steps(steps, Path(folder) / "lock", options.tiny)
                 device.wait_for_steps(deadline)
             return
-        asked = TINY if options.tiny else tasks()
+        asked = TINY if options.tiny else tasks(options.only or LAYERS)
         device.compile_layers(asked, (1 - TIMING) * options.seconds)
         for number, task in enumerate(asked):
             if time.monotonic() > deadline:

@@ -18,7 +18,7 @@ def summarise(paths: Iterable[Path]) -> str:
     """All tables for which there are lines; where something was measured twice, the last time counts."""
     files = [file for path in paths for file in (sorted(path.rglob("*.jsonl")) if path.is_dir() else [path])]
     found = list(read(file for file in files if file.exists()))
-    tables = (machine, copies, kernels, layers, wins, steps, repeats, failures)
+    tables = (machine, copies, kernels, layers, wins, steps, ran, repeats, failures)
     shown = ["\n".join(lines) for lines in (list(table(found)) for table in tables) if lines]
     return "\n\n".join(shown) if shown else "no lines were found: a run on a GPU writes them (experiments/README.md)"
 
@@ -123,13 +123,27 @@ def wins(found: list[Line]) -> Iterator[str]:
 
 
 def steps(found: list[Line]) -> Iterator[str]:
-    last = {(line["batch"], line["candidate"], line["named"]): line for line in of(found, "step")}
+    last = {(line["batch"], line["candidate"], kept(line)): line for line in of(found, "step")}
     if last:
         yield "a training step of ResNet-50: milliseconds, images a second, GiB held and planned"
-    for (batch, candidate, named), line in sorted(last.items()):
+    for (batch, candidate, which), line in sorted(last.items()):
         held = [f"{line[key] / 2**30:6.2f}" if line[key] else "     –" for key in ("peak_bytes", "planned_bytes")]
-        told = f"  {batch:4} {candidate:11} {'inputs and statistics kept' if named else '':26}"
+        told = f"  {batch:4} {candidate:11} {which:36}"
         yield f"{told} {line['us'] / 1e3:8.2f} {line['images']:8.0f} {' '.join(held)}"
+
+
+def ran(found: list[Line]) -> Iterator[str]:
+    """What the device ran in the last training steps."""
+    last = {(line["batch"], line["candidate"], kept(line), line["kernel"]): line for line in of(found, "kernels")}
+    if last:
+        yield "of it the device ran: launches and milliseconds a step"
+    for (batch, candidate, which, kernel), line in sorted(last.items()):
+        yield f"  {batch:4} {candidate:11} {which:36} {kernel:20} {line['launches']:5.0f} {line['us'] / 1e3:8.3f}"
+
+
+def kept(step: Line) -> str:
+    """Of what a training step keeps little."""
+    return "inputs and statistics kept" * step["named"] + ", in segments" * step.get("segments", False)
 
 
 def repeats(found: list[Line]) -> Iterator[str]:
