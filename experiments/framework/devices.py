@@ -1,6 +1,5 @@
 """What runs on GPUs found, for the report: the folders of `results/gpu` beside the folder that is reported on."""
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import geometric_mean
@@ -55,23 +54,24 @@ def steps(lines: list[Line]) -> Iterator[str]:
 
 
 def layers(lines: list[Line]) -> Iterator[str]:
-    """Layers with relu, forward and backward timed apart and added, over shapes."""
-    times: dict[tuple[str, str], dict[str, float]] = {}
+    """Layers of each batch and with each activation, forward and backward timed apart and added, over shapes."""
+    times: dict[tuple[int, str], dict[tuple[str, str], dict[str, float]]] = {}
     for line in lines:
-        if line["kind"] == "layer" and line["fused"] == "relu" and line["pass"] in ("forward", "backward"):
-            times.setdefault((line["candidate"], line["case"]), {})[line["pass"]] = line["us"]
-    total = {key: sum(each.values()) for key, each in times.items() if len(each) == 2}
-    told = []
-    for rival, name in RIVALS.items():
-        speeds = [
-            us / total[KERNELS, case] for (who, case), us in total.items() if who == rival and (KERNELS, case) in total
-        ]
-        if speeds:
-            mean = geometric_mean(speeds)
-            told.append(f"{mean:.2f}× as fast as {name} ({min(speeds):.2f} to {max(speeds):.2f}, {len(speeds)} shapes)")
-    if told:
-        sizes = {math.prod(line["shape"]) for line in lines if line["kind"] == "layer"}
-        yield (
-            f"A layer with relu, forward and backward, x of {min(sizes) / 1e6:.1f} to {max(sizes) / 1e6:.0f} million "
-            f"values: kernels are {'; '.join(told)}; geometric means, the least and the most in brackets."
-        )
+        if line["kind"] == "layer" and line["pass"] in ("forward", "backward"):
+            kind = times.setdefault((line["shape"][0], line["fused"]), {})
+            kind.setdefault((line["candidate"], line["case"]), {})[line["pass"]] = line["us"]
+    for (batch, fused), kind in times.items():
+        total = {key: sum(each.values()) for key, each in kind.items() if len(each) == 2}
+        told = []
+        for rival, name in RIVALS.items():
+            speeds = [
+                us / total[KERNELS, case]
+                for (who, case), us in total.items()
+                if who == rival and (KERNELS, case) in total
+            ]
+            if speeds:
+                mean = f"{geometric_mean(speeds):.2f}× as fast as {name}"
+                told.append(f"{mean} ({min(speeds):.2f} to {max(speeds):.2f}, {len(speeds)} shapes)")
+        if told:
+            layer = "A layer alone" if fused == "alone" else f"A layer with {fused}"
+            yield f"{layer}, batch {batch}, forward and backward apart: kernels are {'; '.join(told)}; geometric means."
