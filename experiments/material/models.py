@@ -85,7 +85,7 @@ class MLP(nn.Module):
 
 
 STAGES = ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2))  # features, blocks, stride of the first block
-# blocks before which a checkpoint begins: behind those that stride, whose outputs are the smallest; and a way between
+# blocks at which checkpoints begin: after each that strides, where x is smallest, and halfway through the longest run
 SEGMENTS = (0, 4, 8, 11, 14, 16)
 POOL: Any = {"window_shape": (3, 3), "strides": (2, 2), "padding": ((1, 1), (1, 1))}
 EXPANSION = 4  # of a bottleneck's output over its width
