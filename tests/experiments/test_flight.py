@@ -178,6 +178,22 @@ def test_the_marks_shapes_come_first():
     first = [(task.shape[0], task.fused) for task in found[::12]][:5]
     assert first == [(256, "relu"), (128, "relu"), (256, "add + relu"), (128, "add + relu"), (32, "relu")]
     assert found[0].size == max(task.size for task in found) and len(found) == len(set(found))
+    assert side_by_side.tasks(["32, relu"]) == found[48:60]  # what `--only` asks for
+
+
+def test_steps_and_what_the_device_ran_are_shown(tmp_path):
+    """The last of each way."""
+    lines = Lines(tmp_path / "found.jsonl")
+    told = {"batch": 128, "candidate": "jbn triton", "named": True}
+    for ms, way in ((9, {"segments": True}), (4, {"segments": True}), (5, {})):
+        lines("step", **told, **way, us=1e3 * ms, images=128e3 / ms, peak_bytes=2**30, planned_bytes=None)
+        lines("kernels", **told, **way, kernel="jbn_apply", launches=53, us=100.0 * ms)
+    shown = [" ".join(line.split()) for line in summary.summarise([tmp_path]).splitlines()]
+    few = "128 jbn triton inputs and statistics kept"
+    assert [line for line in shown if line.startswith("128")] == [
+        *(f"{few} 5.00 25600 1.00 –", f"{few}, in segments 4.00 32000 1.00 –"),
+        *(f"{few} jbn_apply 53 0.500", f"{few}, in segments jbn_apply 53 0.400"),
+    ]
 
 
 # ---- the runs
