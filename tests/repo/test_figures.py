@@ -148,6 +148,9 @@ LAYERS = [
 RIVALS = {"flax.linen": "`flax.linen`", "jbn xla": "our own XLA", "torch": "PyTorch, native and cuDNN"}
 
 
+APART = "forward", "backward"
+
+
 def speeds(batch, fused, other, *passes):
     """The other's time over that of the kernels, for each shape of which both were measured."""
     times = {
@@ -165,7 +168,7 @@ def speeds(batch, fused, other, *passes):
 
 def apart(batch, fused, other):
     """As written: geometric mean of forward and backward, the least and the most; either alone; in one program."""
-    both = speeds(batch, fused, other, "forward", "backward")
+    both = speeds(batch, fused, other, *APART)
     means = [f"{mean(speeds(batch, fused, other, each)):.2f}×" for each in ("forward", "backward", "both")]
     return f"{mean(both):.2f}×", f"({min(both):.2f} to {max(both):.2f})", *means
 
@@ -187,8 +190,11 @@ def test_layers_on_a_gpu():
         f"kernels {flax} as fast as Flax {flax_range}, {xla} as our own XLA {xla_range}, {torch} as PyTorch (6 shapes)"
     )
     others = [apart(*each, "flax.linen")[0] for each in LAYERS[1:4]]
-    assert told + "; at batch 128 {} as fast as Flax; with add + relu {} and {} |".format(*others) in README
-    assert f"On an H100 its kernels are {flax} as fast as Flax's batch norm with relu" in README
+    one = ", ".join(apart(*each, "flax.linen")[-1] for each in LAYERS[:4])
+    assert told + "; at batch 128 {} as fast as Flax; with add + relu {} and {}. ".format(*others) in README
+    assert f"Both passes in one program, as in the step: {one} |" in README
+    found = [mean(speeds(batch, "relu", "flax.linen", *each)) for batch in (128, 256) for each in (APART, ["both"])]
+    assert f"its kernels are {min(found):.2f} to {max(found):.2f}× as fast as Flax's batch norm with relu" in README
     each = zip(flax_apart, xla_apart, (", **a loss**", ""), strict=False)
     forward, backward = (f"{flax} as fast as Flax{loss}, {xla} as our own XLA" for flax, xla, loss in each)
     assert f"forward {forward}; backward {backward} |" in README
@@ -323,6 +329,28 @@ def test_memory():
     assert f"to {saving['peak_bytes'] / kernels['peak_bytes']:.2f}×, as parameters" in EXPERIMENTS
     ms = f"{saving['us'] / 1e3:.1f} ms\n  with the policy and {kernels['us'] / 1e3:.1f} without"
     assert ms in pages["jbn"] and f"so {100 - 100 * kernels['us'] / saving['us']:.0f} % of the step" in pages["jbn"]
+
+
+def test_layers_of_a_training_step():
+    """What 53 batch norms take at batch 128, in one program each, and in two."""
+    layers = {
+        (*line["shape"], line["fused"], line["candidate"], line["pass"]): line["us"]
+        for line in lines("flight2", "layer")
+        if line["shape"][0] == 128
+    }
+    norms, before = [], None
+    for shape in (case.shape for case in cases.resnet50(128)):
+        widened = before is not None and shape[-1] == models.EXPANSION * before[-1]
+        shortcut = before == shape and shape[-1] >= models.EXPANSION * 64 and norms[-1][-1] == "add + relu"
+        norms.append((*shape, "add + relu" if widened else "alone" if shortcut else "relu"))
+        before = shape
+    assert [[fused for *_, fused in norms].count(each) for each in ("relu", "add + relu", "alone")] == [33, 16, 4]
+
+    def ms(candidate, *passes):
+        return f"{sum(layers[(*norm, candidate, each)] for norm in norms for each in passes) / 1e3:.1f}"
+
+    together = f"kernels take {ms('jbn triton', 'both')} ms and Flax {ms('flax.linen', 'both')}"
+    assert f"{together}; apart {ms('jbn triton', *APART)}\nand {ms('flax.linen', *APART)}." in KERNELS
 
 
 def test_rows_that_the_package_ships():
