@@ -325,7 +325,9 @@ def test_memory():
     found = {(line["candidate"], line["segments"]): line for line in lines("flight2", "step")}
     kernels, saving = (found["jbn triton", segments] for segments in (False, True))
     [whole] = (line for line in lines("tried", "step") if line["named"] and not line.get("stages"))
-    assert f"it fell to {whole['peak_bytes'] / 2**30:.2f} GiB" in EXPERIMENTS
+    one, six, flax = (f"{step['peak_bytes'] / 2**30:.2f}" for step in (whole, saving, found["flax.linen", False]))
+    assert f"it fell to {one} GiB" in EXPERIMENTS
+    assert f"takes {six} GiB in six segments, {one}\nin one (Flax {flax};" in pages["jbn"]
     assert f"to {saving['peak_bytes'] / kernels['peak_bytes']:.2f}×, as parameters" in EXPERIMENTS
     ms = f"{saving['us'] / 1e3:.1f} ms\n  with the policy and {kernels['us'] / 1e3:.1f} without"
     assert ms in pages["jbn"] and f"so {100 - 100 * kernels['us'] / saving['us']:.0f} % of the step" in pages["jbn"]
