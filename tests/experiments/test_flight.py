@@ -120,13 +120,8 @@ def test_a_training_step_that_keeps_little(tmp_path, monkeypatch):
     finally:
         jax.config.update("jax_disable_most_optimizations", False)
     [line] = read([path])
-    assert (
-        line["kind"] == "step"
-        and line["named"]
-        and line["segments"]
-        and line["images"] > 0
-        and line["planned_bytes"] > 0
-    )
+    assert line["kind"] == "step" and line["named"] and line["segments"]
+    assert line["images"] > 0 and line["planned_bytes"] > 0
     assert math.isfinite(line["loss"])
 
 
@@ -179,6 +174,12 @@ def test_the_marks_shapes_come_first():
     assert first == [(256, "relu"), (128, "relu"), (256, "add + relu"), (128, "add + relu"), (32, "relu")]
     assert found[0].size == max(task.size for task in found) and len(found) == len(set(found))
     assert side_by_side.tasks(["32, relu"]) == found[48:60]  # what `--only` asks for
+
+
+@pytest.mark.parametrize("set_, found", [("", "--b --c"), (" --a ", "--a --b --c")])
+def test_flags_of_the_user_stay(set_, found, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", set_)
+    assert side_by_side.flags("--b", "--c") == {"XLA_FLAGS": found}
 
 
 def test_steps_and_what_the_device_ran_are_shown(tmp_path):

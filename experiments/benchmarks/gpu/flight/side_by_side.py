@@ -1,6 +1,6 @@
 """Batch norms and training steps through JAX: kernels, XLA, Flax and PyTorch in a process each, one at a time timed.
 
-python -m experiments.benchmarks.gpu.flight.side_by_side LINES {steps | layers} [--seconds S] [--dump FOLDER] [--tiny]
+python -m experiments.benchmarks.gpu.flight.side_by_side LINES {steps | layers} [--only …] [--seconds S] [--dump FOLDER]
 
 Training steps, each in a process of its own, are compiled and timed one after the other: what XLA finds out of
 convolutions in one holds for all (`--xla_gpu_per_fusion_autotune_cache_dir`), else chance decides between them. Layers
@@ -59,24 +59,29 @@ def tasks(asked: Sequence[str] = LAYERS) -> list[Task]:
 TINY = [Task("2×3×3×4", (2, 3, 3, 4), -1, "float32", fused) for fused in ("relu", "add + relu")]
 
 
+def flags(*wanted: str) -> dict[str, str]:
+    """The environment with these flags of XLA's beside those that are set."""
+    return {"XLA_FLAGS": " ".join([*os.environ.get("XLA_FLAGS", "").split(), *wanted])}
+
+
 class Device:
     """The processes, and who may use the device: training steps lock a file, layers wait for their turn."""
 
     def __init__(self, lines: Lines, candidates: tuple[str, ...], dump: Path | None):
         self.lines, self.dump = lines, dump
         self.workers = {
-            name: Worker(name, "experiments.benchmarks.gpu.flight.layers", self.dumping(name, "both"))
+            name: Worker(name, "experiments.benchmarks.gpu.flight.layers", flags(*self.dumping(name, "both")))
             for name in candidates
         }
         self.steps: list[subprocess.Popen[bytes]] = []
         self.waiting: list[list[str]] = []
 
-    def dumping(self, name: str, programs: str) -> dict[str, str]:
-        """The environment in which XLA keeps its programs whose names have this in them."""
+    def dumping(self, name: str, programs: str) -> list[str]:
+        """Flags by which XLA keeps its programs whose names have this in them."""
         if self.dump is None:
-            return {}
+            return []
         folder = self.dump / name.replace(" ", "-")
-        return {"XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=.*{programs}.*"}
+        return [f"--xla_dump_to={folder}", "--xla_dump_hlo_as_text", f"--xla_dump_hlo_module_re=.*{programs}.*"]
 
     def begin_steps(self, steps: Sequence[str], lock: Path, tiny: bool) -> None:
         """The first steps start; the others wait for their turn."""
@@ -106,10 +111,9 @@ class Device:
                 str(self.lines.file.name),
                 *arguments,
             ]
-            environment = self.dumping("-".join(["step", *arguments[1:]]), "train")
             shared = f"--xla_gpu_per_fusion_autotune_cache_dir={Path(arguments[0]).parent}"
-            environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {shared}"
-            self.steps.append(subprocess.Popen(command, env={**os.environ, **environment}))
+            wanted = flags(shared, *self.dumping("-".join(["step", *arguments[1:]]), "train"))
+            self.steps.append(subprocess.Popen(command, env={**os.environ, **wanted}))
         del self.waiting[: AT_ONCE - running]
         return any(process.poll() is None for process in self.steps)
 
