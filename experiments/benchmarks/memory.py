@@ -35,7 +35,7 @@ import jbn.linen
 from experiments.framework.lines import read
 from experiments.framework.plots import BLUE, GREEN, GREY, INK, ORANGE, SKY, VERMILION, pyplot
 from experiments.framework.record import CHECKOUT, Options, Results, progress
-from experiments.material.models import ResNet50
+from experiments.material.models import POLICY, ResNet50
 from experiments.material.networks import DenseNet121, UNet
 from experiments.material.train import cross_entropy
 
@@ -47,7 +47,6 @@ NETWORKS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
     "U-Net": (UNet, (16, 256, 256, 3)),
 }
 QUICK_NETWORKS = {"U-Net of two levels": (functools.partial(UNet, features=(8, 16)), (2, 16, 16, 3))}
-POLICY = jax.checkpoint_policies.save_only_these_names("bn_input", "bn_stats")
 KEPT = "kept"
 
 

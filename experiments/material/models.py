@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
@@ -87,6 +88,8 @@ class MLP(nn.Module):
 STAGES = ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2))  # features, blocks, stride of the first block
 # blocks at which checkpoints begin: after each that strides, where x is smallest, and halfway through the longest run
 SEGMENTS = (0, 4, 8, 11, 14, 16)
+# what is kept of our batch norms where memory is saved
+POLICY = jax.checkpoint_policies.save_only_these_names("bn_input", "bn_stats")
 POOL: Any = {"window_shape": (3, 3), "strides": (2, 2), "padding": ((1, 1), (1, 1))}
 EXPANSION = 4  # of a bottleneck's output over its width
 KERNEL_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015b, eq. 14

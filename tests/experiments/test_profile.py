@@ -28,7 +28,7 @@ def test_kinds_of_kernels_are_counted_a_step(tmp_path):
     ]
     ran += [event("sm90_xmma_fprop", 9.0), event("memcpy32_post", 0.5), event("a call", 7.0, process=2)]
     path = tmp_path / "trace.json.gz"
-    path.write_bytes(gzip.compress(json.dumps([*process, *ran, *ran]).encode()))
+    path.write_bytes(gzip.compress(json.dumps({"traceEvents": [*process, *ran, *ran]}).encode()))
     found = {"jbn_apply": (1, 3), "XLA": (2, 3), "copies and zeros": (2, 1), "cuDNN and cuBLAS": (1, 9)}
     assert profile.kernels(path, 2) == found
 

@@ -147,18 +147,17 @@ def lower_step(name: str, batch: int, size: int = 224, named: str = "") -> Calla
     With `named` the backward pass has the batch norms' inputs and statistics alone, and recomputes what follows them:
     of "all" the network in one checkpoint, or of "segments", each in one of its own.
     """
-    from experiments.material.models import ResNet50
+    from experiments.material.models import POLICY, ResNet50
     from experiments.material.train import step_of
 
-    policy = jax.checkpoint_policies.save_only_these_names("bn_input", "bn_stats")
-    of = {"dtype": jnp.bfloat16, "policy": policy if named == "segments" else None}
+    of = {"dtype": jnp.bfloat16, "policy": POLICY if named == "segments" else None}
     if name == "flax.linen":
         model = ResNet50(norm=nn.BatchNorm, **of)
     else:
         norm = functools.partial(jbn.linen.BatchNorm, implementation=IMPLEMENTATIONS[name])
         model = ResNet50(norm=norm, fused=True, **of)
     optimizer = optax.sgd(0.1, momentum=0.9)
-    around = {"around": functools.partial(jax.checkpoint, policy=policy)} if named == "all" else {}
+    around = {"around": functools.partial(jax.checkpoint, policy=POLICY)} if named == "all" else {}
 
     def begin(key: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
         images = draw(Task("", (batch, size, size, 3)), 0)

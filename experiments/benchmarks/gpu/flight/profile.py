@@ -26,8 +26,7 @@ def profiled(step: Callable[[], Any], wait: Callable[[Any], Any], times: int = 3
 def kernels(path: Path, times: int) -> dict[str, tuple[float, float]]:
     """What a trace of so many steps has of devices."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
-        events = json.load(file)
-    events = events["traceEvents"] if isinstance(events, dict) else events
+        events = json.load(file)["traceEvents"]
     named = (event for event in events if event.get("name") == "process_name")
     devices = {event["pid"] for event in named if "/device:" in event["args"]["name"]}
     found: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
