@@ -36,6 +36,12 @@ def rows_of(tile, ROWS: tl.constexpr):
 
 
 @triton.jit
+def rows_from_end(tile, rows, ROWS: tl.constexpr):
+    """Indices of a tile's rows, (ROWS,), where tiles are counted from the last row; some may be below 0."""
+    return rows - (tile + 1) * ROWS + tl.arange(0, ROWS)
+
+
+@triton.jit
 def channels_of(block, CHANNELS: tl.constexpr):
     """Indices of a block's channels, (CHANNELS,)."""
     return block * CHANNELS + tl.arange(0, CHANNELS)
@@ -69,10 +75,21 @@ def offsets_of(row, channel, C, S: tl.constexpr):
 
 
 @triton.jit
-def place(tile, channel, rows, C, S: tl.constexpr, ROWS: tl.constexpr):
-    """(rows, offsets within the batch, which of these exist) of a tile."""
-    row = rows_of(tile, ROWS)
-    return row, offsets_of(row, channel, C, S), along_rows(row < rows, S) & along_channels(channel < C, S)
+def place(tile, channel, rows, C, S: tl.constexpr, ROWS: tl.constexpr, FROM_END: tl.constexpr = False):
+    """(rows, which of them exist, offsets within the batch, which of these exist) of a tile.
+
+    Tiles are counted from the first row or from the last, so that what the last tile lacks is behind the last row or
+    before the first.
+    """
+    if FROM_END:
+        row = rows_from_end(tile, rows, ROWS)
+        there = row >= 0
+        if S != 1:
+            there &= row < rows  # which holds, and spares registers
+    else:
+        row = rows_of(tile, ROWS)
+        there = row < rows
+    return row, there, offsets_of(row, channel, C, S), along_rows(there, S) & along_channels(channel < C, S)
 
 
 @triton.jit
@@ -83,7 +100,7 @@ def load(ptr, offset, inside):
 
 @triton.jit
 def load_seen(
-    mask_ptr, row, rows, offset, inside, mask_divisor, mask_period, S: tl.constexpr, MASK: tl.constexpr
+    mask_ptr, row, there, offset, inside, mask_divisor, mask_period, S: tl.constexpr, MASK: tl.constexpr
 ):  # fmt: skip
     """A tile of the mask, False outside: of x's shape ("full"), or one value a row ("rows"), broadcast over the rows.
 
@@ -93,7 +110,7 @@ def load_seen(
         return tl.load(mask_ptr + offset, mask=inside, other=0) != 0
     elif MASK == "rows":
         index = (row // mask_divisor) % mask_period
-        return along_rows(tl.load(mask_ptr + index, mask=row < rows, other=0) != 0, S)
+        return along_rows(tl.load(mask_ptr + index, mask=there, other=0) != 0, S)
     else:
         tl.static_assert(MASK == "none")
         return inside

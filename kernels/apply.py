@@ -24,6 +24,7 @@ def jbn_apply(
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    ONE: tl.constexpr,  # whether a program has one tile
     HAS_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -33,18 +34,18 @@ def jbn_apply(
 ):
     """y = activation(scale · (x − mean) / √(var + epsilon) + bias + residual).
 
-    Tiles go in the reverse order of the first launch's, so what that read last, still in L2, is read first.
+    Tiles are counted the other way round than in the first launch, so what that read last, still in L2, is read first.
     """
     rows, C = sizes(outer, units, S, UNIT, WIDE)
-    batch, split, block = program(tl.num_programs(0) - 1 - tl.program_id(0), splits, C, CHANNELS)
+    batch, split, block = program(tl.program_id(0), splits, C, CHANNELS)
     channel = channels_of(block, CHANNELS)
     start = batch.to(tl.int64) * rows * C
     mean, _, slope, bias = load_map(
         mean_ptr, var_ptr, epsilon_ptr, scale_ptr, bias_ptr, batch, C, channel, HAS_SCALE, HAS_BIAS
     )
-    steps = tl.cdiv(tl.cdiv(rows, ROWS) - split, splits).to(tl.int32)
+    steps = 1 if ONE else tl.cdiv(tl.cdiv(rows, ROWS) - split, splits).to(tl.int32)
     for step in range(steps):
-        _row, offset, inside = place(split + (steps - 1 - step) * splits, channel, rows, C, S, ROWS)
+        _row, _there, offset, inside = place(split + step * splits, channel, rows, C, S, ROWS)
         x = load(x_ptr + start, offset, inside)
         z = (x - along_channels(mean, S)) * along_channels(slope, S) + along_channels(bias, S)
         if HAS_RESIDUAL:

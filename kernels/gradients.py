@@ -22,7 +22,7 @@ from jbn.kernels.activations import through
 @triton.jit
 def load_cotangent(
     tile, x_ptr, residual_ptr, mask_ptr, dy_ptr, mean, slope, bias, channel, rows, C, mask_divisor, mask_period,
-    S: tl.constexpr, ROWS: tl.constexpr, CENTRED: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    S: tl.constexpr, ROWS: tl.constexpr, FROM_END: tl.constexpr, CENTRED: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr, NEGATIVE_SLOPE: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """(z̄, x − mean, offsets, what is inside, what the mask has) of a tile; pointers are at the batch.
@@ -30,8 +30,8 @@ def load_cotangent(
     What is masked and not finite reaches no derivative: x − mean and residual count as 0 there, and so does a ȳ that is
     not finite where x is not, the 0 · NaN of a loss that masks y after squaring it. x is read where it is needed.
     """
-    row, offset, inside = place(tile, channel, rows, C, S, ROWS)
-    seen = load_seen(mask_ptr, row, rows, offset, inside, mask_divisor, mask_period, S, MASK)
+    row, there, offset, inside = place(tile, channel, rows, C, S, ROWS, FROM_END)
+    seen = load_seen(mask_ptr, row, there, offset, inside, mask_divisor, mask_period, S, MASK)
     if CENTRED or ACTIVATION != "none":
         x = load(x_ptr, offset, inside)  # before ȳ: behind it one binary spills
         dz = load(dy_ptr, offset, inside)
@@ -92,7 +92,7 @@ def jbn_gradient_sums(
     KEEP: tl.constexpr,  # whether z̄ is written, for the second launch and as the residual's cotangent
     WIDE: tl.constexpr,
 ):
-    """Σ z̄ and Σ z̄ · x̂ over the rows of each channel."""
+    """Σ z̄ and Σ z̄ · x̂ over the rows of each channel, from the end of ȳ, which was written last and is in L2 still."""
     rows, C = sizes(outer, units, S, UNIT, WIDE)
     batch, split, block = program(tl.program_id(0), splits, C, CHANNELS)
     channel = channels_of(block, CHANNELS)
@@ -108,8 +108,9 @@ def jbn_gradient_sums(
     steps = tl.cdiv(tl.cdiv(rows, ROWS) - split, splits).to(tl.int32)
     for step in tl.range(steps, loop_unroll_factor=UNROLL):
         dz, centred, offset, inside, _seen = load_cotangent(
-            split + step * splits, x_ptr + start, residual_ptr + start, mask_ptr, dy_ptr + start, mean, slope, bias,
-            channel, rows, C, mask_divisor, mask_period, S, ROWS, True, HAS_RESIDUAL, ACTIVATION, NEGATIVE_SLOPE, MASK,
+            split + step * splits, x_ptr + start, residual_ptr + start, mask_ptr, dy_ptr + start,
+            mean, slope, bias, channel, rows, C, mask_divisor, mask_period,
+            S, ROWS, True, True, HAS_RESIDUAL, ACTIVATION, NEGATIVE_SLOPE, MASK,
         )  # fmt: skip
         if KEEP:
             tl.store(dz_ptr + start + offset, dz.to(dz_ptr.dtype.element_ty), mask=inside)
@@ -179,6 +180,7 @@ def jbn_gradient_input(
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    ONE: tl.constexpr,  # whether a program has one tile
     CENTRED: tl.constexpr,  # whether the statistics are x's own
     HAS_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -191,9 +193,12 @@ def jbn_gradient_input(
     KEEP: tl.constexpr,  # whether z̄ is written
     WIDE: tl.constexpr,
 ):
-    """x̄ = scale · rstd · (z̄ − [mask] · (Σz̄ + x̂ · Σz̄x̂) / count), walking tiles in the reverse order of the sums."""
+    """x̄ = scale · rstd · (z̄ − [mask] · (Σz̄ + x̂ · Σz̄x̂) / count).
+
+    Tiles are counted the other way round than in the sums, so what these read last, still in L2, is read first.
+    """
     rows, C = sizes(outer, units, S, UNIT, WIDE)
-    batch, split, block = program(tl.num_programs(0) - 1 - tl.program_id(0), splits, C, CHANNELS)
+    batch, split, block = program(tl.program_id(0), splits, C, CHANNELS)
     channel = channels_of(block, CHANNELS)
     start = batch.to(tl.int64) * rows * C
     if not SHARED:
@@ -208,12 +213,12 @@ def jbn_gradient_input(
             weight = tl.load(weight_ptr + at, mask=channel < C, other=0.0)
         offset_pull = tl.load(sum_ptr + at, mask=channel < C, other=0.0) * weight
         slope_pull = tl.load(product_ptr + at, mask=channel < C, other=0.0) * weight * rstd
-    steps = tl.cdiv(tl.cdiv(rows, ROWS) - split, splits).to(tl.int32)
+    steps = 1 if ONE else tl.cdiv(tl.cdiv(rows, ROWS) - split, splits).to(tl.int32)
     for step in range(steps):
         dx, centred, offset, inside, seen = load_cotangent(
-            split + (steps - 1 - step) * splits, x_ptr + start, residual_ptr + start, mask_ptr, dy_ptr + start,
+            split + step * splits, x_ptr + start, residual_ptr + start, mask_ptr, dy_ptr + start,
             mean, slope, bias, channel, rows, C, mask_divisor, mask_period,
-            S, ROWS, CENTRED, HAS_RESIDUAL, ACTIVATION, NEGATIVE_SLOPE, MASK,
+            S, ROWS, False, CENTRED, HAS_RESIDUAL, ACTIVATION, NEGATIVE_SLOPE, MASK,
         )  # fmt: skip
         if KEEP:
             tl.store(dz_ptr + start + offset, dx.to(dz_ptr.dtype.element_ty), mask=inside)

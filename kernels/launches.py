@@ -66,7 +66,7 @@ def moments(problem: Problem, processors: int, tiling: Tiling | None = None) -> 
         tiling = tiling or _tiling(problem, processors, 4096 // ITEMSIZE[problem.dtype], resident, warps=4, wide=False)
     else:
         # seen in the binaries: what fits into the registers without spills
-        resident, unroll = {"none": (3, 4), "rows": (3, 1), "full": (2, 2)}[mask.kind if mask else "none"]
+        resident, unroll = {"none": (2, 4), "rows": (3, 2), "full": (2, 2)}[mask.kind if mask else "none"]
         if mask is not None and view.inner > 1:
             unroll = 1
         elif mask is None and problem.dtype == "float32":
@@ -90,6 +90,7 @@ def apply(problem: Problem, dtype: str, processors: int, tiling: Tiling | None =
         tiling = tiling or _tiling(problem._replace(mask=None), processors, 4096, resident)
     numbers = _numbers(view, tiling)
     constants = _constants(view, tiling) | dict(
+        ONE=tiling.splits * tiling.ROWS >= view.rows,
         HAS_SCALE=problem.scale,
         HAS_BIAS=problem.bias,
         HAS_RESIDUAL=problem.residual,
@@ -105,11 +106,11 @@ def gradient_sums(problem: Problem, kept: str | None, processors: int, tiling: T
     Outputs: Σz̄, Σz̄x̂, z̄ (of the dtype `kept`, if any), scratch, scratch.
     """
     view = problem.view
+    several = 2 if problem.dtype == "float32" else 1  # seen in the binaries: what needs no spills
     if problem.activation in LONG and (problem.residual or problem.mask is not None or view.inner > 1):
-        resident, elements, unroll = 2, 4096 // ITEMSIZE[problem.dtype], 1  # one access a thread, of each tensor
+        resident, elements, unroll = 2, 4096 // ITEMSIZE[problem.dtype], several  # one access a thread, of each tensor
     elif problem.residual and problem.activation:
-        # a whole tile spills on sm_80
-        resident, elements, unroll = 2, 2048, 2 if problem.dtype == "float32" else 1
+        resident, elements, unroll = 2, 2048, several  # a whole tile spills on sm_80
     elif problem.mask is None and view.inner == 1:
         resident, elements, unroll = 2, 4096, 2  # up to 14 % faster on an H100 than less
     else:
@@ -145,6 +146,7 @@ def gradient_input(
     outputs = (Output(tuple(view), dtype), Output(tuple(view), kept) if kept else ABSENT)
     constants = _constants(view, tiling) | _derivative(problem)
     constants |= dict(
+        ONE=tiling.splits * tiling.ROWS >= view.rows,
         HAS_SCALE=problem.scale,
         HAS_WEIGHT=problem.weight and problem.centred,
         CENTRED=problem.centred,

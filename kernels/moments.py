@@ -1,5 +1,7 @@
 """First launch of the forward pass: count, mean and Σ(x − mean)² of each channel, in one pass over x.
 
+It begins at the end of x, which whoever wrote x wrote last: that is in L2 still.
+
 Nothing cancels. Each lane of a program, one element of a tile, keeps the mean and squared deviations of its own values
 (Welford 1962); lanes, then programs, merge by δ = mean_b − mean_a (Chan, Golub, LeVeque 1979), in a fixed order: the
 last program to arrive at a block of channels merges what all of them wrote. A constant has δ = 0 everywhere.
@@ -8,7 +10,17 @@ last program to arrive at a block of channels merges what all of them wrote. A c
 import triton
 import triton.language as tl
 
-from jbn.kernels._tiles import along_rows, arrived_last, channels_of, load, load_seen, place, program, rows_of, sizes
+from jbn.kernels._tiles import (
+    along_rows,
+    arrived_last,
+    channels_of,
+    load,
+    load_seen,
+    place,
+    program,
+    rows_from_end,
+    sizes,
+)
 
 
 @triton.jit
@@ -124,24 +136,24 @@ def jbn_moments(
     steps = tl.cdiv(tiles - split, splits).to(tl.int32)
     share = 1.0  # of a lane's next value in its mean; a GPU's 1 / 1 may be off by a bit
     for step in tl.range(steps, loop_unroll_factor=UNROLL):
-        row, offset, inside = place(split + step * splits, channel, rows, C, S, ROWS)
+        row, there, offset, inside = place(split + step * splits, channel, rows, C, S, ROWS, FROM_END=True)
         x = load(x_ptr, offset, inside)
         if MASK != "none":
-            seen = load_seen(mask_ptr, row, rows, offset, inside, mask_divisor, mask_period, S, MASK)
+            seen = load_seen(mask_ptr, row, there, offset, inside, mask_divisor, mask_period, S, MASK)
             x = tl.where(seen, x, mean)
             count += seen.to(tl.float32)
             delta = x - mean
             mean += delta * tl.div_rn(1.0, tl.maximum(count, 1.0))
         else:
             if RAGGED:
-                x = tl.where(along_rows(row < rows, S), x, mean)
+                x = tl.where(along_rows(there, S), x, mean)
             delta = x - mean
             mean += delta * share
             share = 1.0 / (step + 2)
         m2 += delta * (x - mean)
     if MASK == "none":
-        last = rows_of(split + (steps - 1) * splits, ROWS)
-        count += along_rows(steps - (last >= rows).to(tl.int32), S).to(tl.float32)
+        last = rows_from_end(split + (steps - 1) * splits, rows, ROWS)
+        count += along_rows(steps - (last < 0).to(tl.int32), S).to(tl.float32)
     if MASK != "full":
         count = tl.broadcast_to(count, mean.shape)
     total, mean, m2 = merge_lanes(count, mean, m2, AXIS)

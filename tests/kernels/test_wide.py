@@ -58,9 +58,9 @@ class Part(NamedTuple):
 class Large:
     """A view with some parts of it: arrays are poison everywhere else."""
 
-    def __init__(self, view: View, mask: str, parts):
-        """`parts`: (batch, splits, block) each."""
-        self.view, self.mask = view, mask
+    def __init__(self, view: View, mask: str, parts, from_end: bool = False):
+        """`parts`: (batch, splits, block) each, of tiles counted from the first row or from the last."""
+        self.view, self.mask, self.from_end = view, mask, from_end
         self.tiling = Tiling(ROWS, CHANNELS, math.ceil(view.rows / ROWS), 4)
         self.problem = Problem(
             view, DTYPE, 1, residual=True, activation="relu", mask=MASKS[mask](view.rows), weight=True
@@ -68,7 +68,8 @@ class Large:
         self.parts = [self.part(*part) for part in parts]
 
     def part(self, batch, splits, block):
-        rows = np.concatenate([np.arange(i * ROWS, min((i + 1) * ROWS, self.view.rows)) for i in splits])
+        starts = [self.view.rows - (i + 1) * ROWS if self.from_end else i * ROWS for i in splits]
+        rows = np.concatenate([np.arange(max(i, 0), min(i + ROWS, self.view.rows)) for i in starts])
         channels = np.arange(block * CHANNELS, min((block + 1) * CHANNELS, self.view.channels))
         small = View(1, len(rows), len(channels), 1)
         drawn = Drawn(small, DTYPE, MASKS[self.mask](len(rows)), residual=True, activation="relu", seed=block)
@@ -112,14 +113,13 @@ class Large:
         epsilon = np.full(self.view.batch, EPSILON, np.float32)
         return self.tensor(lambda drawn: drawn.x), mean, var, epsilon, scale, bias
 
-    def run(self, launch, *arrays, backwards=False):
-        """Runs the parts' programs, counted from the end where the kernel does so."""
+    def run(self, launch, *arrays):
+        """Runs the parts' programs."""
         assert launch.constants["WIDE"]
         outputs = [
             Sparse(math.prod(o.shape), DTYPES.get(o.dtype, o.dtype), 0 if o.zeroed else np.nan) for o in launch.outputs
         ]
         chosen = [i for part in self.parts for i in part.programs]
-        chosen = [launch.programs - 1 - i for i in chosen] if backwards else chosen
         compiled.run(launch, arrays, outputs, chosen=chosen)
         return outputs
 
@@ -131,10 +131,20 @@ class Large:
         launch = launches.gradient_sums(self.problem, DTYPE, 132, self.tiling)
         return self.run(launch, *self.given(), residual, self.seen(), dy)
 
+    def outputs(self):
+        """y, x̄ and z̄ of the second launches, by each part's own statistics and sums."""
+        x, *vectors = self.given()
+        residual, dy = (self.tensor(lambda drawn, n=n: getattr(drawn, n)) for n in ("residual", "dy"))
+        (y,) = self.run(launches.apply(self.problem, DTYPE, 132, self.tiling), x, *vectors, residual)
+        weight = self.vector(lambda part: part.vectors()[2])
+        sums = [self.vector(lambda part, n=n: part.drawn.backward()[n][0]) for n in ("bias", "scale")]
+        launch = launches.gradient_input(self.problem, DTYPE, DTYPE, 132, self.tiling)
+        return y, *self.run(launch, x, *vectors, weight, residual, self.seen(), dy, *sums)
+
     def partial(self, array, part, fields):
         """What a part's only program has handed on, (fields, channels)."""
-        split = int(part.rows[0]) // ROWS
-        field = (part.batch * self.tiling.splits + split) * fields + np.arange(fields)
+        [program] = part.programs
+        field = program // self.tiling.blocks(self.view) * fields + np.arange(fields)
         return array[field[:, None] * self.view.channels + part.channels]
 
 
@@ -149,37 +159,31 @@ def ends(view):
 )
 def test_every_kernel(layout, mask):
     """On each tile by itself; a mask of rows is walked alike in both layouts."""
-    large = Large(MANY_ROWS[layout], mask, ends(MANY_ROWS[layout]))
-    x, *vectors = large.given()
-    residual, dy = (large.tensor(lambda drawn, n=n: getattr(drawn, n)) for n in ("residual", "dy"))
-    *_, moments, _ = large.moments()
-    *_, dz, sums, _ = large.sums()
-    launch = launches.apply(large.problem, DTYPE, 132, large.tiling)
-    (y,) = large.run(launch, x, *vectors, residual, backwards=True)
-    weight = large.vector(lambda part: part.vectors()[2])
-    both = [large.vector(lambda part, n=n: part.drawn.backward()[n][0]) for n in ("bias", "scale")]
-    launch = launches.gradient_input(large.problem, DTYPE, DTYPE, 132, large.tiling)
-    dx, again = large.run(launch, x, *vectors, weight, residual, large.seen(), dy, *both, backwards=True)
-    for part in large.parts:
-        rows, at = len(part.rows), large.elements(part)
+    view = MANY_ROWS[layout]
+    first, second = (Large(view, mask, ends(view), from_end) for from_end in (True, False))
+    *_, moments, _ = first.moments()
+    *_, kept, sums, _ = first.sums()
+    for part in first.parts:
         count, mean, m2 = (v[0] for v in part.drawn.moments())
-        wanted = [np.where(count > 0, mean, 0), m2, *([] if mask == "none" else [count])]
-        assert_close(large.partial(moments, part, len(wanted)), wanted, n=rows)
-        grads = part.drawn.backward()
-        total, product = large.partial(sums, part, 2)
-        assert_close(total, grads["bias"][0], n=rows)
-        assert_close(product / np.sqrt(part.vectors()[1] + EPSILON), grads["scale"][0], n=rows)
-        assert_close(y[at], part.drawn.forward().reshape(part.shape), n=rows)
-        assert_close(dx[at], grads["x"].reshape(part.shape), n=rows, factor=2)
-        for kept in (dz, again):
-            assert_close(kept[at], grads["residual"].reshape(part.shape), n=rows)
+        wanted, grads = [np.where(count > 0, mean, 0), m2, *([] if mask == "none" else [count])], part.drawn.backward()
+        assert_close(first.partial(moments, part, len(wanted)), wanted, n=len(part.rows))
+        total, product = first.partial(sums, part, 2)
+        assert_close(total, grads["bias"][0], n=len(part.rows))
+        assert_close(product / np.sqrt(part.vectors()[1] + EPSILON), grads["scale"][0], n=len(part.rows))
+        assert_close(kept[first.elements(part)], grads["residual"].reshape(part.shape), n=len(part.rows))
+    y, dx, dz = second.outputs()
+    for part in second.parts:
+        at, grads = second.elements(part), part.drawn.backward()
+        assert_close(y[at], part.drawn.forward().reshape(part.shape), n=len(part.rows))
+        assert_close(dx[at], grads["x"].reshape(part.shape), n=len(part.rows), factor=2)
+        assert_close(dz[at], grads["residual"].reshape(part.shape), n=len(part.rows))
 
 
 @pytest.mark.parametrize("layout, mask", [("last", "full"), ("first", "none")])
 def test_merging(layout, mask):
     """So many channels that all of a channel's programs can run, and the last of them merges."""
     view = MANY_CHANNELS[layout]
-    large = Large(view, mask, [(0, [0, 1], 0), (1, [0, 1], math.ceil(view.channels / CHANNELS) - 1)])
+    large = Large(view, mask, [(0, [0, 1], 0), (1, [0, 1], math.ceil(view.channels / CHANNELS) - 1)], from_end=True)
     count, mean, var, *_ = large.moments()
     total, product, *_ = large.sums()
     for part in large.parts:
