@@ -150,6 +150,65 @@ def test_what_a_gpu_ran():
     assert f"of {zeros} copies and zeros ({flax} with Flax) {zeros - flax} are" in KERNELS
 
 
+def tried(kind, *how):
+    """By how it was tried, in order."""
+    return {each: [line for line in lines("tried", kind) if line.get("tried") == each] for each in how}
+
+
+def test_walks_on_a_gpu():
+    start, end, both = walks = (
+        "tiles from the start, then from the end",
+        "from the end, then from the start",
+        "both launches from the end",
+    )
+    typed, cut, flax = ", as typed custom calls", end + ", blocks cut anew", ("beside walks", "beside blocks cut anew")
+    taken = tried("step", *walks, start + typed, end + typed, cut, *flax)
+    ms = {each: f"{found[0]['us'] / 1e3:.2f}" for each, found in taken.items()}
+    kernels = ("jbn_moments", "jbn_apply", "jbn_gradient_sums", "jbn_gradient_input", "cuDNN and cuBLAS")
+    for each, found in tried("kernels", *walks).items():
+        ran = {line["kernel"]: f"{line['us'] / 1e3:.2f}" for line in found}
+        assert f" | {' | '.join(ran[kernel] for kernel in kernels)} | {ms[each]} |\n" in KERNELS
+    assert f"Beside them Flax's took {ms[flax[0]]}" in KERNELS
+    speed = float(ms[flax[1]]) / float(ms[cut])
+    assert (
+        f"With that the step took {ms[cut]} in another flight, and Flax's {ms[flax[1]]}, again {speed:.2f}×" in KERNELS
+    )
+    [checks], [repeats] = (tried(kind, cut).values() for kind in ("check", "repeat"))
+    assert all(check["ok"] for check in checks) and not any(repeat["differing"] for repeat in repeats)
+    assert f"The checks above passed with it too, on {len(checks)} and {len(repeats)} launches" in KERNELS
+    assert f"a training step of {ms[both]} ms, and {ms[end]} with the second from the start" in KERNELS
+    told = (
+        f"a training step of {ms[end + typed]} ms, and {ms[end]} without; with the walks of before {ms[start + typed]}"
+    )
+    assert f"{told} and {ms[start]} |" in KERNELS
+
+
+def test_blocks_on_a_gpu():
+    """Wide blocks by size, beside wide blocks where they fill the device; and larger tiles."""
+
+    def best(how):
+        found = {}
+        for run in tried("run", how)[how]:
+            assert run["ok"]
+            key = run["dtype"], run["fused"], tuple(run["shape"])
+            found[key] = min(run["us"], found.get(key, math.inf))
+        return found
+
+    now, before = best("wide blocks by size"), best("wide blocks where full")
+    speed = {key: before[key] / now[key] for key in now}
+    halves = [value for (dtype, *_), value in speed.items() if dtype == "bfloat16"]
+    assert f"{min(halves):.2f} to {max(halves):.2f}× as fast for the {len(halves) // 3} shapes" in KERNELS
+    taken = [value for (dtype, _, shape), value in speed.items() if dtype == "float32" and math.prod(shape) * 4 > 64e6]
+    assert f"only the larger were taken,\n{min(taken):.2f} to {max(taken):.2f}×" in KERNELS
+    now, before = best("tiles of 4096"), best("tiles of 2048")
+    speed = {key: before[key] / now[key] for key in now}
+    large = [value for (*_, shape), value in speed.items() if math.prod(shape) * 2 > 100e6]
+    told = (
+        f"{min(speed.values()):.2f} to {max(speed.values()):.2f}×, above 100 MB {min(large):.2f} to {max(large):.2f}×"
+    )
+    assert told in KERNELS
+
+
 LAYERS = [
     (256, "relu"),
     (128, "relu"),
@@ -336,7 +395,9 @@ def test_memory():
     )
     found = steps()
     kernels, saving = (found["jbn triton", segments] for segments in (False, True))
-    [whole] = (line for line in lines("tried", "step") if line["named"] and not line.get("stages"))
+    [whole] = (
+        line for line in lines("tried", "step") if line["named"] and "tried" not in line and not line.get("stages")
+    )
     one, six, flax = (f"{step['peak_bytes'] / 2**30:.2f}" for step in (whole, saving, found["flax.linen", False]))
     assert f"it fell to {one} GiB" in EXPERIMENTS
     assert f"takes {six} GiB in six segments, {one}\nin one (Flax {flax};" in pages["jbn"]
