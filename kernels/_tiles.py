@@ -21,11 +21,16 @@ def sizes(outer, units, S: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr)
 
 
 @triton.jit
-def program(pid, splits, C, CHANNELS: tl.constexpr):
-    """(batch, split, block of channels) of a program, as wide as C; neighbours read neighbouring channels."""
+def program(pid, splits, C, CHANNELS: tl.constexpr, FROM_END: tl.constexpr = False):
+    """(batch, split, block of channels) of a program, as wide as C; neighbours read neighbouring channels.
+
+    Batches are counted from the first or from the last.
+    """
     blocks = tl.cdiv(C, CHANNELS)
     batch = pid // (splits * blocks)
     rest = pid - batch * (splits * blocks)
+    if FROM_END:
+        batch = tl.num_programs(0) // (splits * blocks) - 1 - batch
     return batch, rest // blocks, rest % blocks
 
 

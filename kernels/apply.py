@@ -34,10 +34,11 @@ def jbn_apply(
 ):
     """y = activation(scale · (x − mean) / √(var + epsilon) + bias + residual).
 
-    Tiles are counted the other way round than in the first launch, so what that read last, still in L2, is read first.
+    Batches, and tiles in them, go the other way round than in the first launch: what that read last, still in L2, is
+    read first.
     """
     rows, C = sizes(outer, units, S, UNIT, WIDE)
-    batch, split, block = program(tl.program_id(0), splits, C, CHANNELS)
+    batch, split, block = program(tl.program_id(0), splits, C, CHANNELS, FROM_END=True)
     channel = channels_of(block, CHANNELS)
     start = batch.to(tl.int64) * rows * C
     mean, _, slope, bias = load_map(

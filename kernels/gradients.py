@@ -37,9 +37,9 @@ def load_cotangent(
         dz = load(dy_ptr, offset, inside)
         centred = x - along_channels(mean, S)
         if MASK != "none":
-            there = seen | is_finite(x)
-            dz = tl.where(there | is_finite(dz), dz, 0.0)
-            centred = tl.where(there, centred, 0.0)
+            counts = seen | is_finite(x)
+            dz = tl.where(counts | is_finite(dz), dz, 0.0)
+            centred = tl.where(counts, centred, 0.0)
     else:
         dz = load(dy_ptr, offset, inside)
         centred = dz
@@ -92,7 +92,7 @@ def jbn_gradient_sums(
     KEEP: tl.constexpr,  # whether z̄ is written, for the second launch and as the residual's cotangent
     WIDE: tl.constexpr,
 ):
-    """Σ z̄ and Σ z̄ · x̂ over the rows of each channel, from the end of ȳ, which was written last and is in L2 still."""
+    """Σ z̄ and Σ z̄ · x̂ over the rows of each channel, from the end, which is in L2 if ȳ was just written."""
     rows, C = sizes(outer, units, S, UNIT, WIDE)
     batch, split, block = program(tl.program_id(0), splits, C, CHANNELS)
     channel = channels_of(block, CHANNELS)
@@ -195,10 +195,10 @@ def jbn_gradient_input(
 ):
     """x̄ = scale · rstd · (z̄ − [mask] · (Σz̄ + x̂ · Σz̄x̂) / count).
 
-    Tiles are counted the other way round than in the sums, so what these read last, still in L2, is read first.
+    Batches, and tiles in them, go the other way round than in the sums: what these read last, still in L2, is first.
     """
     rows, C = sizes(outer, units, S, UNIT, WIDE)
-    batch, split, block = program(tl.program_id(0), splits, C, CHANNELS)
+    batch, split, block = program(tl.program_id(0), splits, C, CHANNELS, FROM_END=True)
     channel = channels_of(block, CHANNELS)
     start = batch.to(tl.int64) * rows * C
     if not SHARED:

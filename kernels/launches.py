@@ -66,7 +66,9 @@ def moments(problem: Problem, processors: int, tiling: Tiling | None = None) -> 
         tiling = tiling or _tiling(problem, processors, 4096 // ITEMSIZE[problem.dtype], resident, warps=4, wide=False)
     else:
         # seen in the binaries: what fits into the registers without spills
-        resident, unroll = {"none": (2, 4), "rows": (3, 2), "full": (2, 2)}[mask.kind if mask else "none"]
+        resident, unroll = {"none": (3, 4), "rows": (3, 2), "full": (2, 2)}[mask.kind if mask else "none"]
+        if mask is None and view.inner % 8:
+            resident = 2  # elements that are loaded one by one take more of them
         if mask is not None and view.inner > 1:
             unroll = 1
         elif mask is None and problem.dtype == "float32":

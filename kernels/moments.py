@@ -1,6 +1,6 @@
 """First launch of the forward pass: count, mean and Σ(x − mean)² of each channel, in one pass over x.
 
-It begins at the end of x, which whoever wrote x wrote last: that is in L2 still.
+It begins at the end of each batch: whoever wrote x wrote its end last, and that is in L2 still.
 
 Nothing cancels. Each lane of a program, one element of a tile, keeps the mean and squared deviations of its own values
 (Welford 1962); lanes, then programs, merge by δ = mean_b − mean_a (Chan, Golub, LeVeque 1979), in a fixed order: the

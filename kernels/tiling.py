@@ -7,8 +7,6 @@ from typing import NamedTuple
 BYTES_PER_CHANNEL_OF_A_PROGRAM = 700
 # A mask of rows has three numbers more in the partial results, and is itself read again by each block of channels.
 BYTES_WITH_A_MASK_OF_ROWS = 1600
-# Bytes of x, by those of an element: from here on wide blocks of channels are faster on an H100, below slower.
-WIDE_FROM = {2: 64e6, 4: 20e6}
 
 
 class View(NamedTuple):
@@ -30,7 +28,10 @@ class View(NamedTuple):
 
 
 class Tiling(NamedTuple):
-    """Tiles are ROWS × CHANNELS; program (batch, split, block) walks tiles split, split + splits, … of its block."""
+    """Tiles are ROWS × CHANNELS; program (batch, split, block) walks tiles split, split + splits, … of its block.
+
+    Kernels that reduce count tiles from the last row, the others from the first.
+    """
 
     ROWS: int
     CHANNELS: int
@@ -58,22 +59,19 @@ def choose(
     """The tiling for x of `itemsize` bytes an element, with tiles of that many elements, of `warps` if they are whole.
 
     Each block of channels reads a mask of rows again, so blocks that would be narrow are wider with one. Channels last,
-    blocks are 64 bytes of channels wide, or 128 where x is large enough and `wide` allows it.
+    blocks are 64 bytes of channels wide, or 128 where x is large enough, few would be empty, and `wide` allows it.
 
     The device has `processors` multiprocessors, each of which holds `resident` programs at once: no program waits for
     another to end.
     """
     size = view.size * itemsize
-    cost = BYTES_WITH_A_MASK_OF_ROWS if mask_of_rows else BYTES_PER_CHANNEL_OF_A_PROGRAM
-
-    def affordable(width):
-        return min(resident * processors, size // (cost * width))
-
     if view.inner == 1:
         width, wider = 64 // itemsize, 128 // itemsize
         used = view.channels / (_ceil(view.channels, wider) * wider)
-        # the last program to arrive reads splits × CHANNELS partial results, which is twice as much in wide blocks
-        if wide and size >= WIDE_FROM[itemsize] and used > 0.8:
+        # the last program to arrive reads splits × CHANNELS partial results, twice as much in wide blocks; from so many
+        # bytes of x on an H100 was faster with them nevertheless, in sums without a mask
+        wide_from = 64e6 if itemsize == 2 or view.channels < 4 * wider else 6e6
+        if wide and size >= wide_from and used > 0.8:
             width = wider
     elif mask_of_rows:
         width = 16
@@ -82,7 +80,9 @@ def choose(
     width = min(width, _power_of_2(view.channels))
     height = min(elements // width, _power_of_2(view.rows))
     tiles = _ceil(view.rows, height)
-    share = max(1, affordable(width) // (view.batch * _ceil(view.channels, width)))
+    cost = BYTES_WITH_A_MASK_OF_ROWS if mask_of_rows else BYTES_PER_CHANNEL_OF_A_PROGRAM
+    affordable = min(resident * processors, size // (cost * width))
+    share = max(1, affordable // (view.batch * _ceil(view.channels, width)))
     splits = _ceil(tiles, _ceil(tiles, share))  # none of which has more than one tile less than another
     return Tiling(height, width, splits, max(1, height * width * warps // elements))
 

@@ -23,7 +23,7 @@ from problems import DTYPES, EPSILON, Drawn, check, cut, epsilon, execute, run_a
 from jbn._op.activations import decoded
 from jbn.kernels import launches
 from jbn.kernels.launches import Mask, Problem
-from jbn.kernels.tiling import Tiling, View
+from jbn.kernels.tiling import Tiling, View, choose
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # masked NaN and overflow, in NumPy
 
@@ -154,6 +154,7 @@ def test_wide_offsets(layout):
     vectors = mean, var, epsilon(drawn), drawn.scale, drawn.bias
     for launch, arrays in [
         (launches.moments(drawn.problem(), 132, tiling), (drawn.x, drawn.mask)),
+        (launches.apply(drawn.problem(), "float32", 132, tiling), (drawn.x, *vectors, None)),
         (
             launches.gradient_input(drawn.problem(), "float32", None, 132, tiling),
             (drawn.x, *vectors, None, None, drawn.mask, drawn.dy, mean, mean),
@@ -163,6 +164,18 @@ def test_wide_offsets(layout):
         wide = execute(launch._replace(constants=launch.constants | dict(WIDE=True)), *arrays)
         for a, b in zip(narrow, wide, strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+def test_blocks_of_channels():
+    """64 bytes wide, or 128 from a size of x on, unless few of their channels would be there."""
+
+    def width(rows, channels, itemsize, **options):
+        return choose(View(1, rows, channels, 1), itemsize, 132, 4096, 2, **options).CHANNELS
+
+    assert [width(rows, 256, 2) for rows in (124999, 125000)] == [32, 64]
+    assert [width(rows, 128, 4) for rows in (11718, 11719)] == [16, 32]
+    assert [width(rows, 64, 4) for rows in (249999, 250000)] == [16, 32]
+    assert width(10**6, 80, 2) == 32 and width(10**6, 256, 2, wide=False) == 32
 
 
 def test_offsets_beyond_32_bits():
@@ -201,8 +214,11 @@ def test_output_dtype():
 
 @pytest.mark.parametrize("layout", ["last", "first"])
 @pytest.mark.parametrize("mask", [None, Mask("full")])
-def test_large_mean(layout, mask):
-    """|mean| / std = 1e4: each of a lane's values rounds its mean by up to 5e-4 of std, and the variance by 6e-5."""
+def test_large_mean(layout, mask, where):
+    """|mean| / std = 1e4: the variance is within 2e-4, as a lane's values each round its mean by up to 5e-4 of std.
+
+    A GPU's division rounds too.
+    """
     view = View(1, 4096, 8, 1) if layout == "last" else View(1, 16, 8, 256)
     drawn = Drawn(view, mask=mask)
     drawn.x = np.random.default_rng(1).normal(1e4, 1, view).astype(np.float32)
@@ -210,7 +226,7 @@ def test_large_mean(layout, mask):
         _, mean, m2 = run_moments(drawn, Tiling(64, 8, splits, 4))
         wanted = drawn.moments()
         np.testing.assert_allclose(mean, wanted[1], rtol=3e-7)
-        np.testing.assert_allclose(m2, wanted[2], rtol=3e-4)
+        np.testing.assert_allclose(m2, wanted[2], rtol=2e-4 if where == "interpreted" else 3e-4)
 
 
 @pytest.mark.parametrize("row", [0, 4095])

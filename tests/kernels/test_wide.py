@@ -29,7 +29,7 @@ MASKS = {
 }
 MANY_ROWS = {  # what is beyond 2³¹: rows · channels; channels first also channels · S, and the rows by themselves
     "last": View(2, 2**23 + 70, 1000, 1),
-    "first": View(2, 3, 5, 3 * 2**29),
+    "first": View(2, 3, 5, 3 * 2**29 + 2),
 }
 MANY_CHANNELS = {"last": View(2, 70, 2**25 + 5, 1), "first": View(2, 2, 2**26 + 5, 35)}
 
@@ -59,7 +59,10 @@ class Large:
     """A view with some parts of it: arrays are poison everywhere else."""
 
     def __init__(self, view: View, mask: str, parts, from_end: bool = False):
-        """`parts`: (batch, splits, block) each, of tiles counted from the first row or from the last."""
+        """`parts`: (batch, splits, block) each.
+
+        Tiles are counted from the first row and programs from the last batch, or, `from_end`, the other way round.
+        """
         self.view, self.mask, self.from_end = view, mask, from_end
         self.tiling = Tiling(ROWS, CHANNELS, math.ceil(view.rows / ROWS), 4)
         self.problem = Problem(
@@ -73,7 +76,7 @@ class Large:
         channels = np.arange(block * CHANNELS, min((block + 1) * CHANNELS, self.view.channels))
         small = View(1, len(rows), len(channels), 1)
         drawn = Drawn(small, DTYPE, MASKS[self.mask](len(rows)), residual=True, activation="relu", seed=block)
-        first = batch * self.tiling.splits
+        first = (batch if self.from_end else self.view.batch - 1 - batch) * self.tiling.splits
         programs = [(first + split) * self.tiling.blocks(self.view) + block for split in splits]
         return Part(batch, rows, channels, drawn, programs)
 
@@ -149,9 +152,9 @@ class Large:
 
 
 def ends(view):
-    """The first, a middle and the last tile."""
+    """The first, a middle and the last tile; a batch's statistics are those of one part, or of parts drawn alike."""
     splits, blocks = math.ceil(view.rows / ROWS), math.ceil(view.channels / CHANNELS)
-    return (0, [0], 0), (1, [splits // 2 + 1], blocks // 2), (1, [splits - 1], blocks - 1)
+    return (0, [0], 0), (0, [splits // 2 + 1], blocks // 2), (1, [splits - 1], blocks - 1)
 
 
 @pytest.mark.parametrize(
