@@ -92,7 +92,7 @@ def apply(problem: Problem, dtype: str, processors: int, tiling: Tiling | None =
         tiling = tiling or _tiling(problem._replace(mask=None), processors, 4096, resident)
     numbers = _numbers(view, tiling)
     constants = _constants(view, tiling) | dict(
-        ONE=tiling.splits * tiling.ROWS >= view.rows,
+        ONE=tiling.is_one_each(view),
         HAS_SCALE=problem.scale,
         HAS_BIAS=problem.bias,
         HAS_RESIDUAL=problem.residual,
@@ -148,7 +148,7 @@ def gradient_input(
     outputs = (Output(tuple(view), dtype), Output(tuple(view), kept) if kept else ABSENT)
     constants = _constants(view, tiling) | _derivative(problem)
     constants |= dict(
-        ONE=tiling.splits * tiling.ROWS >= view.rows,
+        ONE=tiling.is_one_each(view),
         HAS_SCALE=problem.scale,
         HAS_WEIGHT=problem.weight and problem.centred,
         CENTRED=problem.centred,

@@ -45,6 +45,10 @@ class Tiling(NamedTuple):
     def programs(self, view: View) -> int:
         return view.batch * self.splits * self.blocks(view)
 
+    def is_one_each(self, view: View) -> bool:
+        """Whether no program has more than one tile."""
+        return self.splits * self.ROWS >= view.rows
+
 
 def choose(
     view: View,

@@ -215,9 +215,9 @@ def test_output_dtype():
 @pytest.mark.parametrize("layout", ["last", "first"])
 @pytest.mark.parametrize("mask", [None, Mask("full")])
 def test_large_mean(layout, mask, where):
-    """|mean| / std = 1e4: the variance is within 2e-4, as a lane's values each round its mean by up to 5e-4 of std.
+    """|mean| / std = 1e4: the variance is within 1e-4, as a lane's values each round its mean by up to 5e-4 of std.
 
-    A GPU's division rounds too.
+    A mask leaves fewer values to a lane, and a GPU's division rounds too.
     """
     view = View(1, 4096, 8, 1) if layout == "last" else View(1, 16, 8, 256)
     drawn = Drawn(view, mask=mask)
@@ -226,7 +226,9 @@ def test_large_mean(layout, mask, where):
         _, mean, m2 = run_moments(drawn, Tiling(64, 8, splits, 4))
         wanted = drawn.moments()
         np.testing.assert_allclose(mean, wanted[1], rtol=3e-7)
-        np.testing.assert_allclose(m2, wanted[2], rtol=2e-4 if where == "interpreted" else 3e-4)
+        np.testing.assert_allclose(
+            m2, wanted[2], rtol=(1e-4 if mask is None else 2e-4) if where == "interpreted" else 3e-4
+        )
 
 
 @pytest.mark.parametrize("row", [0, 4095])

@@ -94,6 +94,9 @@ class Large:
             array[self.elements(part)] = values(part.drawn).reshape(part.shape)
         return array
 
+    def tensors(self, *names):
+        return (self.tensor(lambda drawn, name=name: getattr(drawn, name)) for name in names)
+
     def vector(self, values):
         array = Sparse(self.view.batch * self.view.channels, np.float32, np.nan)
         for part in self.parts:
@@ -130,14 +133,14 @@ class Large:
         return self.run(launches.moments(self.problem, 132, self.tiling), self.given()[0], self.seen())
 
     def sums(self):
-        residual, dy = (self.tensor(lambda drawn, n=n: getattr(drawn, n)) for n in ("residual", "dy"))
+        residual, dy = self.tensors("residual", "dy")
         launch = launches.gradient_sums(self.problem, DTYPE, 132, self.tiling)
         return self.run(launch, *self.given(), residual, self.seen(), dy)
 
     def outputs(self):
         """y, x̄ and z̄ of the second launches, by each part's own statistics and sums."""
         x, *vectors = self.given()
-        residual, dy = (self.tensor(lambda drawn, n=n: getattr(drawn, n)) for n in ("residual", "dy"))
+        residual, dy = self.tensors("residual", "dy")
         (y,) = self.run(launches.apply(self.problem, DTYPE, 132, self.tiling), x, *vectors, residual)
         weight = self.vector(lambda part: part.vectors()[2])
         sums = [self.vector(lambda part, n=n: part.drawn.backward()[n][0]) for n in ("bias", "scale")]

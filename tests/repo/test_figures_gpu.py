@@ -60,6 +60,10 @@ def test_what_a_gpu_ran():
     assert f"of {zeros} copies and zeros ({flax} with Flax) {zeros - flax} are" in KERNELS
 
 
+def itemsize(run):
+    return 2 if run["dtype"] == "bfloat16" else 4
+
+
 def tried(kind, *how):
     """By how it was tried, in order."""
     return {each: [line for line in lines("tried", kind) if line.get("tried") == each] for each in how}
@@ -101,9 +105,8 @@ def test_blocks_on_a_gpu():
         found = {}
         for run in tried("run", how)[how]:
             assert run["ok"]
-            itemsize = {"bfloat16": 2, "float32": 4}[run["dtype"]]
             *rows, channels = run["shape"]
-            cut = choose(View(1, math.prod(rows), channels, 1), itemsize, 132, 4096, 2)
+            cut = choose(View(1, math.prod(rows), channels, 1), itemsize(run), 132, 4096, 2)
             key = run["dtype"], run["fused"], tuple(run["shape"])
             us, _ = found.get(key, (math.inf, None))
             found[key] = min(us, run["us"]), run["tiling"][1] == cut.CHANNELS
@@ -216,8 +219,9 @@ def in_flight(run):
     )
     rows, channels, splits, _ = run["tiling"]
     tiles = min(run["unroll"] or 1, math.ceil(math.prod(run["shape"][:-1]) / (rows * splits)))
-    itemsize = 2 if run["dtype"] == "bfloat16" else 4
-    return min(run["resident"], math.ceil(run["programs"] / 132)) * tiles * rows * channels * reads * itemsize / 1024
+    return (
+        min(run["resident"], math.ceil(run["programs"] / 132)) * tiles * rows * channels * reads * itemsize(run) / 1024
+    )
 
 
 def test_bytes_in_flight():
