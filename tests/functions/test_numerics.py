@@ -2,6 +2,7 @@
 
 import functools
 
+import driver
 import jax
 import ml_dtypes
 import numpy as np
@@ -118,8 +119,10 @@ def test_gradients_at_a_large_mean():
 
 
 @pytest.mark.parametrize("axis", [-1, 0])
-def test_many_rows_do_not_stagnate(axis):
+def test_many_rows_do_not_stagnate(axis, implementation):
     """A count in float32 ends at 2²⁴, and a plain running sum has taken 3.5 for 4 by then: either is off by 6 %."""
+    if implementation == "kernels" and axis == -1 and not driver.ON_GPU:
+        pytest.skip("emulated it takes 10 s, and what merges counts is the same in both layouts")
     n = 2**24 + 2**20
     x = np.random.default_rng(0).random(n, np.float32) + 3
     shape = (n, 1) if axis == -1 else (1, n)

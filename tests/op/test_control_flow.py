@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import meaning
 import numpy as np
 import pytest
 from beside import both
@@ -78,9 +79,8 @@ def test_like_plain_jnp(structure, name):
         def compute(bn):
             f, a, t = problem(name, bn)
             h = loss(lambda a: structure(f, a))
-            run = jax.jit(lambda a, t: derivatives(h, a, t))
             branches = (a, a | {"x": -a["x"]}) if structure is cond else (a,)
-            return [run(each, t) for each in branches]
+            return [meaning.run(lambda a, t: derivatives(h, a, t), each, t) for each in branches]
 
         check(*both(compute))
 

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import meaning
 import numpy as np
 import oracle
 import pytest
@@ -126,14 +127,15 @@ HIGHER = {  # of total(arrays) = Σ y²·dy, along t
 @pytest.mark.parametrize("mode", HIGHER)
 def test_forward_mode_and_second_derivatives(kind, mode, devices):
     """Those of the same function on one device."""
-    alone = train(CASE)
-    results = []
-    for g in (spread(kind, synchronised(), devices), lambda *args: alone(*args[:3])):
+    alone, together = train(CASE), spread(kind, synchronised(), devices)
 
-        def derivative(arrays, state, mask, dy, t, g=g):
-            return HIGHER[mode](lambda arrays: (g(arrays, state, mask, dy)[0] ** 2 * dy).sum(), arrays, t)
+    def derivative(g):
+        total = lambda arrays, state, mask, dy: (g(arrays, state, mask, dy)[0] ** 2 * dy).sum()  # noqa: E731
+        return lambda arrays, *rest: HIGHER[mode](lambda arrays: total(arrays, *rest[:3]), arrays, rest[3])
 
-        results.append(jax.jit(derivative)(*inputs(), cotangent(), directions()))
+    args = *inputs(), cotangent(), directions()
+    run = meaning.run if kind == "vmap" else lambda f, *args: jax.jit(f)(*args)
+    results = run(derivative(together), *args), meaning.run(derivative(lambda *args: alone(*args[:3])), *args)
     for got, want in zip(*map(jax.tree.leaves, results), strict=True):
         assert_close(got, want, n=CASE.rows, factor=20)
 

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import meaning
 import numpy as np
 import pytest
 from beside import both
@@ -53,7 +54,7 @@ def test_over(name, which):
         def compute(bn):
             f, a, _ = problem(name, bn)
             a, in_axes = stacked(a, BATCHED[which])
-            return jax.jit(jax.vmap(several(f), in_axes=(in_axes,)))(a)
+            return meaning.run(jax.vmap(several(f), in_axes=(in_axes,)), a)
 
         check(*both(compute))
 
@@ -68,7 +69,7 @@ def test_over_the_mask(name, also_x):
         def compute(bn):
             f, a, _ = problem(name, bn)
             a, in_axes = stacked(a, ("x",) if also_x else ())
-            return jax.jit(jax.vmap(several(f), in_axes=(in_axes, 0)))(a, masks)
+            return meaning.run(jax.vmap(several(f), in_axes=(in_axes, 0)), a, masks)
 
         check(*both(compute))
 
@@ -95,7 +96,7 @@ def test_nested(name, inner, outer):
             f, a, _ = problem(name, bn)
             a, inner_axes = stacked(a, BATCHED[inner], 2)
             a, outer_axes = stacked(a, BATCHED[outer], 3)
-            return jax.jit(jax.vmap(jax.vmap(several(f), (inner_axes,)), (outer_axes,)))(a)
+            return meaning.run(jax.vmap(jax.vmap(several(f), (inner_axes,)), (outer_axes,)), a)
 
         check(*both(compute))
 

@@ -9,12 +9,13 @@ from importlib.metadata import version
 from jaxlib.xla_client import CompileOptions
 
 ONE_PART = " --xla_cpu_parallel_codegen_split_count=1"
-OLD = {
+QUICK = {
     "0.10": " --xla_cpu_use_fusion_emitters=false" + ONE_PART,
     "0.11": " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters" + ONE_PART,
+    "0.12": " --xla_cpu_emitter_verification_level=0" + ONE_PART,  # the new way alone, not verified after each pass
 }
 RELEASE = version("jaxlib")[:4]
-FLAGS = OLD.get(RELEASE, ONE_PART)  # later ones have the new way alone
+FLAGS = QUICK.get(RELEASE, ONE_PART)
 # XLA's own values
 USERS = {"xla_cpu_parallel_codegen_split_count": 32}
 if RELEASE == "0.10":

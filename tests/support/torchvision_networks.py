@@ -5,10 +5,14 @@ Szegedy et al. 2014; in the variants that torchvision has.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+
+# the weights are torchvision's: those drawn first are read nowhere, and zeros are the quickest to trace
+Conv, Dense = (partial(layer, kernel_init=nn.initializers.zeros) for layer in (nn.Conv, nn.Dense))
 
 
 def identity(x):
@@ -18,7 +22,7 @@ def identity(x):
 def unit(x, features, window=1, stride=1, groups=1, activation=nn.relu, epsilon=1e-5, use_bias=False):
     """Convolution, batch norm, activation; of the module that calls it."""
     size, strides, padding = (window, window), (stride, stride), window // 2
-    x = nn.Conv(features, size, strides, padding, use_bias=use_bias, feature_group_count=groups)(x)
+    x = Conv(features, size, strides, padding, use_bias=use_bias, feature_group_count=groups)(x)
     return activation(nn.BatchNorm(True, epsilon=epsilon)(x))
 
 
@@ -57,7 +61,7 @@ class ResNet(nn.Module):
         for stage, count in enumerate(self.counts):
             for block in range(count):
                 x = Block(64 * 2**stage, 2 if stage and not block else 1, self.bottleneck)(x)
-        return nn.Dense(10)(x.mean((1, 2)))
+        return Dense(10)(x.mean((1, 2)))
 
 
 class Inverted(nn.Module):
@@ -79,8 +83,8 @@ class Inverted(nn.Module):
         y = unit(x, self.expanded, **options) if self.expanded != x.shape[-1] else x
         y = unit(y, self.expanded, self.window, self.stride, self.expanded, **options)
         if self.squeezed:
-            share = self.inner(nn.Conv(self.squeezed, (1, 1))(y.mean((1, 2), keepdims=True)))
-            y = y * self.gate(nn.Conv(self.expanded, (1, 1))(share))
+            share = self.inner(Conv(self.squeezed, (1, 1))(y.mean((1, 2), keepdims=True)))
+            y = y * self.gate(Conv(self.expanded, (1, 1))(share))
         y = unit(y, self.features, activation=identity, epsilon=self.epsilon)
         return x + y if x.shape == y.shape else y
 
@@ -101,7 +105,7 @@ class MobileNetV2(nn.Module):
         for ratio, features, count, stride in stages:
             for block in range(count):
                 x = Inverted(ratio * x.shape[-1], features, 3, 1 if block else stride, nn.relu6)(x)
-        return nn.Dense(10)(unit(x, 1280, activation=nn.relu6).mean((1, 2)))
+        return Dense(10)(unit(x, 1280, activation=nn.relu6).mean((1, 2)))
 
 
 class MobileNetV3Small(nn.Module):
@@ -115,8 +119,8 @@ class MobileNetV3Small(nn.Module):
             activation = nn.relu if number < 3 else nn.hard_swish
             x = Inverted(expanded, features, window, stride, activation, squeezed, epsilon=1e-3)(x)
         x = unit(x, 576, activation=nn.hard_swish, epsilon=1e-3).mean((1, 2))
-        x = nn.hard_swish(nn.Dense(1024)(x))
-        return nn.Dense(10)(x)
+        x = nn.hard_swish(Dense(1024)(x))
+        return Dense(10)(x)
 
 
 class EfficientNetB0(nn.Module):
@@ -129,20 +133,20 @@ class EfficientNetB0(nn.Module):
                 inputs = x.shape[-1]
                 squeeze = dict(squeezed=inputs // 4, inner=nn.silu, gate=nn.sigmoid)
                 x = Inverted(ratio * inputs, features, window, 1 if block else stride, nn.silu, **squeeze)(x)
-        return nn.Dense(10)(unit(x, 1280, activation=nn.silu).mean((1, 2)))
+        return Dense(10)(unit(x, 1280, activation=nn.silu).mean((1, 2)))
 
 
 class DenseLayer(nn.Module):
     @nn.compact
     def __call__(self, x):
         y = unit(nn.relu(nn.BatchNorm(True)(x)), 128)
-        return jnp.concatenate([x, nn.Conv(32, (3, 3), use_bias=False)(y)], -1)
+        return jnp.concatenate([x, Conv(32, (3, 3), use_bias=False)(y)], -1)
 
 
 class Transition(nn.Module):
     @nn.compact
     def __call__(self, x):
-        x = nn.Conv(x.shape[-1] // 2, (1, 1), use_bias=False)(nn.relu(nn.BatchNorm(True)(x)))
+        x = Conv(x.shape[-1] // 2, (1, 1), use_bias=False)(nn.relu(nn.BatchNorm(True)(x)))
         return nn.avg_pool(x, (2, 2), (2, 2))
 
 
@@ -155,7 +159,7 @@ class DenseNet121(nn.Module):
                 x = Transition()(x)
             for _ in range(count):
                 x = DenseLayer()(x)
-        return nn.Dense(10)(nn.relu(nn.BatchNorm(True)(x)).mean((1, 2)))
+        return Dense(10)(nn.relu(nn.BatchNorm(True)(x)).mean((1, 2)))
 
 
 def adaptive(n, size):
@@ -172,8 +176,8 @@ class VGG11(nn.Module):
         rows, columns = (adaptive(n, 7) for n in x.shape[1:3])
         x = jnp.einsum("hi,wj,nijc->nhwc", rows, columns, x).reshape(len(x), -1)
         for _ in range(2):
-            x = nn.relu(nn.Dense(4096)(x))
-        return nn.Dense(10)(x)
+            x = nn.relu(Dense(4096)(x))
+        return Dense(10)(x)
 
 
 class Inception(nn.Module):
@@ -211,7 +215,7 @@ class GoogLeNet(nn.Module):
             x = pooled(x, 3 if stage == 1 else 2) if stage else x
             for sizes in blocks:
                 x = Inception(sizes)(x)
-        return nn.Dense(10)(x.mean((1, 2)))
+        return Dense(10)(x.mean((1, 2)))
 
 
 NETWORKS = {
