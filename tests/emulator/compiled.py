@@ -3,7 +3,9 @@
 import kept
 import machine
 import pytest
+from triton import knobs
 from triton.backends.nvidia.compiler import CUDABackend
+from triton.compiler import compiler
 
 from jbn.kernels.binaries import compile_only, name_of
 
@@ -20,9 +22,13 @@ def assembled(launch, arrays, target: str = "sm_90") -> tuple[str, int]:
 
     def compute():
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(CUDABackend, "make_cubin", lambda *_: b"")  # NVIDIA's assembler has no part in this
+            # NVIDIA's assembler has no part in this; nor have lines of source, what came before PTX, and Triton's cache
+            patch.setattr(CUDABackend, "make_cubin", lambda _self, ptx, *_: ptx.encode())
+            patch.setattr(knobs.compilation, "disable_line_info", True)
+            patch.setattr(knobs.compilation, "store_binary_only", True)
+            patch.setattr(compiler, "get_cache_key", lambda *_, **__: "")  # its folder is new
             compiled = compile_only(launch, kinds, target)
-        return compiled.asm["ptx"], compiled.metadata.shared
+        return compiled.asm["cubin"].decode(), compiled.metadata.shared
 
     return kept.always(("ptx", name_of(launch, kinds, target)), compute)
 
