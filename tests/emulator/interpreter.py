@@ -15,6 +15,8 @@ import ml_dtypes
 import numpy as np
 import triton
 import triton.language as tl
+from triton._utils import validate_block_shape
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
@@ -114,6 +116,9 @@ def _interpreting():
         (JITFunction, "__call__", lambda self, *args, **kwargs: _interpreted(self).rewrite()(*args, **kwargs)),
         (builder, "create_masked_load", counted_load),
         (builder, "create_masked_store", counted_store),
+        (tl.core.block_type, "__init__", _init_block_type),
+        (tl.core.tensor, "__init__", _init_tensor),
+        (TritonSemantic, "broadcast_impl_value", _broadcast_unlike),
         (interpreter, "_convert_float", _convert_float),
         (interpreter, "_get_np_dtype", _held_as),
         (interpreter, "_patch_lang_tensor", _patch_tensor),
@@ -135,6 +140,38 @@ def _interpreting():
             scope.restore()
         for owner, name, value in kept:
             setattr(owner, name, value)
+
+
+class _Shape:
+    """Made once and checked; by Triton anew for each tensor and its type, in half of the interpreter's time."""
+
+    def __init__(self, *lengths: int):
+        self.of_type = tl.core.tuple(lengths)
+        self.of_tensor = tl.core.tuple([tl.constexpr(n) for n in lengths])
+        self.size = validate_block_shape(lengths)
+        self.numel = tl.constexpr(self.size)
+
+
+_shape = functools.cache(_Shape)
+
+
+def _init_block_type(self, element, shape):
+    known = _shape(*[getattr(n, "value", n) for n in shape])
+    self.element_ty, self.shape, self.numel = element, known.of_type, known.size
+    self.name = f"{element} of {known.size}"
+
+
+def _init_tensor(self, handle, kind):
+    known = _shape(*(kind.shape if kind.is_block() else ()))
+    self.handle, self.type, self.dtype = handle, kind, kind.scalar
+    self.shape, self.numel = known.of_tensor, known.numel
+
+
+_broadcast = TritonSemantic.broadcast_impl_value
+
+
+def _broadcast_unlike(self, left, right):
+    return (left, right) if left.shape is right.shape else _broadcast(self, left, right)
 
 
 def _size(pointers, mask) -> int:
