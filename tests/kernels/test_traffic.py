@@ -114,8 +114,11 @@ def test_prediction(name, row):
         assert count(launch, *arrays)[:2] == predicted(launch, view, "bfloat16")[:2]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["few channels", "dense", "channels first"])
+# channels last in turn
+@pytest.mark.parametrize(
+    "name, dtype",
+    [("few channels", "bfloat16"), ("dense", "float32"), ("channels first", "bfloat16"), ("channels first", "float32")],
+)
 def test_compiled(name, dtype):
     """In the binaries too what is of x's size is asked for once, by every warp in whole sectors, or not at all."""
     view = VIEWS[name]
