@@ -20,6 +20,7 @@ if not os.environ.get("JBN_TEST_GPU"):
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # of the processes that tests start too
     # where in Python an operation comes from is written into programs, for nobody here, in a twentieth of the time
     os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+    os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "1")  # so too into kernels
 
 import driver
 import jax
