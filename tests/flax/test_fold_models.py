@@ -41,8 +41,9 @@ def linen_fold(model, x, tolerance=1.0, **call):
     variables = noisy(jax.eval_shape(lambda key: model.init(key, x, **call), jax.random.key(0)))
     kept = jax.tree.map(np.array, variables)
     got = jbn.linen.fold(model, variables, jax.ShapeDtypeStruct(x.shape, x.dtype), **call)
-    y = jax.jit(lambda v, x: got.apply(v, x, **call))(got.variables, x)
-    want = jax.jit(lambda v, x: model.apply(v, x, **call))(variables, x)
+    y, want = jax.jit(lambda new, old, x: (got.apply(new, x, **call), model.apply(old, x, **call)))(
+        got.variables, variables, x
+    )
     assert y.dtype == want.dtype
     assert_close(y, want, n=1000, factor=4 * tolerance)
     jax.tree.map(np.testing.assert_array_equal, variables, kept)
@@ -281,9 +282,9 @@ def nnx_fold(model, x, tolerance=1.0):
     model.eval()
     before = jax.tree.map(np.array, nnx.state(model))
     got = jbn.nnx.fold(model, jax.ShapeDtypeStruct(x.shape, x.dtype))
-    run = nnx.jit(lambda model, x: model(x))
     jax.tree.map(np.testing.assert_array_equal, nnx.state(model), before)
-    assert_close(run(got.model, x), run(model, x), n=1000, factor=4 * tolerance)
+    y, want = nnx.jit(lambda folded, model, x: (folded(x), model(x)))(got.model, model, x)
+    assert_close(y, want, n=1000, factor=4 * tolerance)
     norms = {".".join(map(str, p)) for p, n in nnx.iter_graph(got.model) if isinstance(n, nnx.BatchNorm)}
     assert norms == got.left.keys()
     return got.folded, got.left

@@ -23,7 +23,12 @@ def both(*args, **options):
 
 def init(model, x, *args, **kwargs):
     """Jitted, so that only what the variables need is computed."""
-    return jax.jit(lambda key: model.init(key, x, *args, **kwargs))(jax.random.key(0))
+    return inits([model], x, *args, **kwargs)[0]
+
+
+def inits(models, x, *args, **kwargs):
+    """`init` of each model, in one compilation."""
+    return jax.jit(lambda key: [model.init(key, x, *args, **kwargs) for model in models])(jax.random.key(0))
 
 
 def differentiate(model, variables, x, dy, *args, **kwargs):
@@ -62,7 +67,7 @@ def test_same_as_flax(case):
     with jax.enable_x64(f64 in dtypes):
         x, dy = inputs(shape, x_dtype)
         layers = both(**options)
-        first = [init(layer, x, train, mask=mask) for layer in layers]
+        first = inits(layers, x, train, mask=mask)
         assert_equal(*first)
         results = steps(layers, settled(first[0]), x, dy, train, mask=mask)
         # Flax takes 1/√(var + epsilon) of its float32 running variance in float32.
@@ -146,7 +151,7 @@ NETS = Net(BatchNorm), Net(nn.BatchNorm)
 
 def test_automatic_names_and_random_numbers():
     """Names, shapes, and every initial value, to the bit."""
-    ours, theirs = (init(net, jnp.ones((2, 3)), False) for net in NETS)
+    ours, theirs = inits(NETS, jnp.ones((2, 3)), False)
     assert_equal(ours, theirs)
     assert set(ours["params"]) == {"Dense_0", "BatchNorm_0", "Block_0", "Block_1", "last"}
     assert set(ours["params"]["Block_0"]) == {"BatchNorm_0", "Dense_0", "BatchNorm_1"}
@@ -273,7 +278,7 @@ def vmap_over_batch(cls):
 def test_lifts(build):
     x, dy = inputs((8, 4))
     models = [build(cls) for cls in (BatchNorm, nn.BatchNorm)]
-    variables = [init(model, x) for model in models]
+    variables = inits(models, x)
     assert_equal(*variables)
     assert_same(*steps(models, settled(variables[1]), x, dy), n=8, factor=64, scale=1)  # likewise
 
@@ -317,7 +322,7 @@ def over_pmap(f):
 def test_axis_name(over, groups, devices):
     x, dy = inputs((4, 6, 3))
     layers = both(use_running_average=False, axis_name="d", axis_index_groups=groups)
-    variables = [init(layer, x[0]) for layer in layers]  # axis_name is not bound here
+    variables = inits(layers, x[0])  # axis_name is not bound here
     assert_equal(*variables)
 
     def train(layer, *args):
@@ -327,7 +332,8 @@ def test_axis_name(over, groups, devices):
         return y, new, params_bar, x_bar
 
     mapped = [over(functools.partial(train, layer)) for layer in layers]
-    assert_same(*(jax.jit(f)(settled(variables[1]), x, dy) for f in mapped), n=24, factor=8)
+    results = jax.jit(lambda *args: [f(*args) for f in mapped])(settled(variables[1]), x, dy)
+    assert_same(*results, n=24, factor=8)
 
 
 def test_axis_index_groups_without_axis_name():
@@ -357,11 +363,10 @@ LEFT = [
 @pytest.mark.parametrize("options, dtype, reason, remedy", LEFT)
 def test_left_to_flax(options, dtype, reason, remedy):
     x = (10 * inputs((4, 3, 2))[0]).astype(dtype)
-    results = []
-    for layer in both(use_running_average=False, **options):
-        variables = init(layer, x)
-        results.append((variables, layer.apply(variables, x, mutable=["batch_stats"])))
-    assert_equal(*results)
+    layers = both(use_running_average=False, **options)
+    variables = inits(layers, x)
+    assert_equal(*variables)
+    assert_equal(*jax.jit(lambda v: [layer.apply(v, x, mutable=["batch_stats"]) for layer in layers])(variables[0]))
 
 
 @pytest.mark.parametrize("options, dtype, reason, remedy", LEFT)

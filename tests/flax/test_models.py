@@ -32,6 +32,7 @@ def size(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
+@functools.cache
 def linen_variables(norm):
     model = models.ResNet50(norm=norm)
     return jax.eval_shape(lambda: model.init(jax.random.key(0), IMAGES, train=False))
@@ -97,6 +98,7 @@ def test_nnx_variables_are_flax_s():
 def test_a_block_computes_the_same_with_either_norm():
     x = jax.random.normal(jax.random.key(0), (4, 6, 6, 8))
 
+    @functools.partial(jax.jit, static_argnums=(0, 1))
     def outputs(linen_norm, nnx_norm):
         block = models.Bottleneck(4, 2, lambda **kwargs: linen_norm(use_running_average=False, **kwargs))
         y, variables = block.init_with_output(jax.random.key(1), x)

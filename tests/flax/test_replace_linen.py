@@ -68,6 +68,10 @@ def results(model, variables, x, dy=None):
     return jax.jit(run if dy is None else jax.value_and_grad(loss, (0, 1), has_aux=True))(variables["params"], x)
 
 
+def init(model, x):
+    return jax.jit(lambda key: model.init(key, x))(jax.random.key(0))
+
+
 OURS = functools.partial(jbn.linen.BatchNorm, **OPTIONS)
 OURS.__name__ = "BatchNorm"  # of a class that is lifted
 
@@ -77,9 +81,9 @@ def test_whole_models(lift):
     x, dy = inputs((8, 4))
     dy = dy if lift in (None, "remat") else None
     model = of(nn.BatchNorm, lift)
-    variables = model.init(jax.random.key(0), x)
+    variables = init(model, x)
     with jbn.linen.replacing(**OPTIONS) as seen:
-        assert_equal(model.init(jax.random.key(0), x), variables)
+        assert_equal(init(model, x), variables)
         got = results(model, variables, x, dy)
     assert_equal(got, results(of(OURS, lift), variables, x, dy))
     inner = {"setup": "layers_1", "vmap of the layer": "VmapBatchNorm_0"}.get(lift, "BatchNorm_0")
