@@ -1,5 +1,7 @@
 """The GPU benchmark's machinery, on the CPU with tiny shapes: it selects, times, keeps, goes on and reports."""
 
+import functools
+import io
 import json
 import types
 
@@ -11,7 +13,7 @@ import pytest
 from experiments.benchmarks import speed
 from experiments.benchmarks.gpu import candidates, measure, report, tasks, timing
 from experiments.benchmarks.gpu.tasks import Task
-from experiments.benchmarks.gpu.worker import Failed, Worker
+from experiments.benchmarks.gpu.worker import DOES, Failed, Worker, serve
 from experiments.framework.record import Options, Results
 from experiments.material import cases, models
 
@@ -30,11 +32,33 @@ def go(out, given=TWO, minutes=None, names=NAMES):
     return results
 
 
+class Here(Worker):
+    """Works in this process, which has imported JAX already."""
+
+    def ask(self, **request):
+        answers, does = io.StringIO(), {name: functools.partial(self.do, each) for name, each in DOES.items()}
+        serve(self.name, [json.dumps(request)], answers, does)
+        self.answers.put(answers.getvalue())
+
+    @functools.cached_property
+    def state(self):
+        return {}
+
+    def do(self, each, name, _, **asked):
+        return each(name, self.state, **asked)
+
+
+def worker(name):
+    """A process, as on a GPU, for copying alone."""
+    return (Worker if name == "copy" else Here)(name)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("gpu")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "links", lambda _: 1)
+        patch.setattr(measure, "Worker", worker)
         return out, go(out)
 
 
@@ -71,7 +95,8 @@ def test_rows(finished):
     assert found["6×5", "copy", "forward"]["floor_bytes"] == 2 * 60
 
 
-def test_results_are_kept_and_gone_on_from(finished):
+def test_results_are_kept_and_gone_on_from(finished, monkeypatch):
+    monkeypatch.setattr(measure, "Worker", worker)
     out, results = finished
     record = json.loads((out / "speed.json").read_text(encoding="utf-8"))
     assert len(record["rows"]) == len(results.rows) and record["configuration"]["kind"] == "gpu"
