@@ -37,8 +37,8 @@ from experiments.material.train import Schedule, train, wait
 
 LEARNING_RATE = 0.3
 SCHEDULE = Schedule(steps=200, batch_size=64, evaluate_every=20)
-QUICK = Schedule(steps=20, batch_size=64, evaluate_every=10)
-QUICK_FEATURES = (8, 8)
+QUICK = Schedule(steps=12, batch_size=64, evaluate_every=6)
+QUICK_FEATURES = (8,)
 HEARTBEAT = 20  # seconds without a sign of life after which the others give a process up
 
 

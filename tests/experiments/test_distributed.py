@@ -108,10 +108,11 @@ def test_without_who_started_them_the_others_still_end():
 
 ENDLESS = """
 import sys, jax, jbn
-from experiments.distributed import join
+from experiments import distributed
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-join(sys.argv[1:], 2)
+distributed.HEARTBEAT = 5  # seconds, so that this ends soon
+distributed.join(sys.argv[1:], 2)
 mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
 x = jax.jit(lambda: jax.random.normal(jax.random.key(0), (8, 3)), out_shardings=NamedSharding(mesh, P("data")))()
 params, state = jbn.bn_init(3)
