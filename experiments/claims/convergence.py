@@ -52,8 +52,8 @@ LABELS = {"batch norm": 82, "no norm": 25}  # per cent: clear of the curves
 
 def configuration(quick: bool) -> dict[str, Any]:
     return {
-        "seeds": 4 if quick else 12,
-        "choosing_seeds": 2 if quick else 4,
+        "seeds": 3 if quick else 12,
+        "choosing_seeds": 1 if quick else 4,
         "learning_rates": {"sigmoid": (0.1, 0.3, 1.0, 3.0), "relu": (0.03, 0.1, 0.3, 1.0)},
         "steps": {"sigmoid": 20, "relu": 20} if quick else {"sigmoid": 1500, "relu": 400},
         "features": (16,) if quick else (100, 100, 100),

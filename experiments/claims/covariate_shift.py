@@ -102,11 +102,11 @@ def noisy(key: Array, x: Array, strength: Any) -> Array:
 
 def configuration(quick: bool) -> dict[str, Any]:
     return {
-        "seeds": 4 if quick else 13,
-        "choosing_seeds": 2 if quick else 4,
+        "seeds": 3 if quick else 13,
+        "choosing_seeds": 1 if quick else 4,
         "learning_rates": (1.0, 3.0) if quick else (0.1, 0.3, 1.0, 3.0),
-        "features": (32,) if quick else (100, 100, 100),
-        "schedule": Schedule(steps=60 if quick else 500, batch_size=60, evaluate_every=20)._asdict(),
+        "features": (UNITS,) if quick else (100, 100, 100),
+        "schedule": Schedule(steps=40 if quick else 500, batch_size=60, evaluate_every=20)._asdict(),
     }
 
 

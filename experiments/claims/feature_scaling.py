@@ -125,7 +125,7 @@ def prepared(method: str) -> Split:
 
 
 def configuration(quick: bool) -> dict[str, Any]:
-    steps = 50 if quick else 1000
+    steps = 8 if quick else 1000
     return {
         "seeds": 3 if quick else 30,
         "choosing_seeds": 1 if quick else 10,

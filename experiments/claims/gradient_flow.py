@@ -89,10 +89,10 @@ def configuration(quick: bool) -> dict[str, Any]:
     return {
         "seeds": 3 if quick else 10,
         "layers": 2 if quick else 10,
-        "features": 100,
+        "features": 16 if quick else 100,
         "batch_size": 60,
         "depth": 6 if quick else 40,
-        "width": 64 if quick else 512,
+        "width": 16 if quick else 512,
         "relu_batches": (16,) if quick else (6, 8, 16, 32, 64, 128),
         "linear_batches": (8,) if quick else (6, 8, 12, 16, 32),
     }

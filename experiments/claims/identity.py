@@ -80,7 +80,7 @@ def configuration(quick: bool) -> dict[str, Any]:
         "data": ("bikes",) if quick else ("bikes", "digits"),
         "batch_sizes": (JUDGED_BATCH, examples) if quick else (15, JUDGED_BATCH, 250, examples),
         "learning_rate": 0.2,
-        "steps": 40 if quick else 200,
+        "steps": 8 if quick else 200,
         "evaluate_every": 4,
     }
 

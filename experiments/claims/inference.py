@@ -62,12 +62,12 @@ STATISTICS = {"population": BLUE, "0.9": ORANGE, "0.99": PURPLE}
 
 def configuration(quick: bool) -> dict[str, Any]:
     return {
-        "seeds": 4 if quick else 14,
-        "choosing_seeds": 2 if quick else 4,
+        "seeds": 3 if quick else 14,
+        "choosing_seeds": 1 if quick else 4,
         "momenta": (0.9, 0.99),
         "learning_rates": (0.1, 0.3) if quick else (0.1, 0.3, 1.0),
         "features": (16,) if quick else (100, 100, 100),
-        "schedule": Schedule(steps=160 if quick else 480, batch_size=50, evaluate_every=80 if quick else 16)._asdict(),
+        "schedule": Schedule(steps=16 if quick else 480, batch_size=50, evaluate_every=8 if quick else 16)._asdict(),
     }
 
 

@@ -58,13 +58,13 @@ CAPTION = (
 
 def configuration(quick: bool) -> dict[str, Any]:
     return {
-        "seeds": 4 if quick else 9,
-        "choosing_seeds": 2 if quick else 3,
+        "seeds": 3 if quick else 9,
+        "choosing_seeds": 1 if quick else 3,
         "learning_rates": (0.3, 3.0) if quick else (0.003, 0.03, 0.3, 3.0),
         "per_decade": 1 if quick else 2,
         "features": (16,) if quick else (50, 50, 50),
         "target": 0.5 if quick else 0.9,
-        "schedule": Schedule(steps=40 if quick else 300, batch_size=60, evaluate_every=40 if quick else 300)._asdict(),
+        "schedule": Schedule(steps=8 if quick else 300, batch_size=60, evaluate_every=8 if quick else 300)._asdict(),
     }
 
 

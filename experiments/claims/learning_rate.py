@@ -66,14 +66,14 @@ GUESS = float(np.log(10))  # cross-entropy of ten equal chances
 
 def configuration(quick: bool) -> dict[str, Any]:
     return {
-        "seeds": 4 if quick else 11,
-        "choosing_seeds": 2 if quick else 3,
+        "seeds": 3 if quick else 11,
+        "choosing_seeds": 1 if quick else 3,
         "decades": (-2, 2) if quick else (-3, 2),
         "per_decade": 1 if quick else 3,
         "features": (16,) if quick else (64,) * 8,
         "working_loss": 2.0 if quick else 0.3,
-        "last_steps": 10 if quick else 66,
-        "schedule": Schedule(steps=40 if quick else 400, batch_size=60, evaluate_every=40 if quick else 400)._asdict(),
+        "last_steps": 4 if quick else 66,
+        "schedule": Schedule(steps=8 if quick else 400, batch_size=60, evaluate_every=8 if quick else 400)._asdict(),
     }
 
 

@@ -75,12 +75,12 @@ COLORS = {BEFORE: BLUE, AFTER: ORANGE, NO_BIAS: SKY}
 
 def configuration(quick: bool) -> dict[str, Any]:
     return {
-        "seeds": 4 if quick else 12,
-        "choosing_seeds": 2 if quick else 3,
+        "seeds": 3 if quick else 12,
+        "choosing_seeds": 1 if quick else 3,
         "learning_rates": (0.3, 3.0) if quick else (0.1, 0.3, 1.0, 3.0, 10.0, 30.0),
         "features": (16,) if quick else (64, 64, 64),
         "placements": (BEFORE, AFTER) if quick else (BEFORE, AFTER, NO_BIAS),
-        "schedule": Schedule(steps=40 if quick else 500, batch_size=60, evaluate_every=20 if quick else 100)._asdict(),
+        "schedule": Schedule(steps=8 if quick else 500, batch_size=60, evaluate_every=4 if quick else 100)._asdict(),
     }
 
 

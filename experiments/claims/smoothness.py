@@ -72,12 +72,12 @@ NOT_FINITE = 1e6
 
 def configuration(quick: bool) -> dict[str, Any]:
     return {
-        "seeds": 4 if quick else 14,
-        "choosing_seeds": 2 if quick else 4,
+        "seeds": 3 if quick else 14,
+        "choosing_seeds": 1 if quick else 4,
         "learning_rates": (0.03, 0.1) if quick else (0.03, 0.1, 0.3, 1.0),
         "features": (16,) if quick else (100,) * 5,
         "points": 2 if quick else 8,
-        "schedule": Schedule(steps=40 if quick else 400, batch_size=60, evaluate_every=20 if quick else 10)._asdict(),
+        "schedule": Schedule(steps=8 if quick else 400, batch_size=60, evaluate_every=4 if quick else 10)._asdict(),
     }
 
 
