@@ -47,6 +47,6 @@ def test_noise_gradients_are_those_of_the_layers_outputs():
         x = normalized(h)
     g = np.array(jax.random.normal(direction, (batch, width)), np.float64)
     g = (g - g.mean(0) - x * (g * x).mean(0)) / np.sqrt(h.var(0) + 1e-5)
-    found = gradient_flow.noise_gradients(lambda x: x, depth, width, batch, key)
+    found = jax.jit(lambda key: gradient_flow.noise_gradients(lambda x: x, depth, width, batch, key))(key)
     assert found.shape == (depth,)
     np.testing.assert_allclose(found[-1], np.log((g**2).sum()), rtol=1e-5, atol=1e-5)
