@@ -32,7 +32,7 @@ def run(options: Options, results: Results) -> None:
     rates, seeds, schedule, features = LEARNING_RATES, SEEDS, SCHEDULE, DigitsCNN.features
     if options.quick:
         rates, seeds, features = (0.1, 1.0), 2, (8,)
-        schedule = Schedule(steps=4, batch_size=32, evaluate_every=2)
+        schedule = Schedule(steps=20, batch_size=32, evaluate_every=10)
     results.configuration = {
         "seed": options.seed,
         "quick": options.quick,
