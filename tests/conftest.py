@@ -33,7 +33,7 @@ from jax._src import compiler
 from jbn._op import dispatch, tables
 
 plugin.install()
-OPTIMIZED = {f"test_{name}" for name in ("cpu", "edges", "functional", "gradients", "moments", "numerics", "pieces")}
+OPTIMIZED = {f"test_{name}" for name in ("cpu", "edges", "functional", "gradients", "moments", "numerics")}
 # What they show depends on Triton alone, neither on JAX nor on Python: of several Pythons that .ci/run tests with one
 # release of Triton the first runs them.
 TRITON_ALONE = {f"test_{name}" for name in ("kernels", "machine", "traffic", "wide")}

@@ -19,6 +19,7 @@ def run(f, *args):
     module = lowered.compiler_ir("stablehlo")
     with module.context:
         PassManager.parse("builtin.module(func.func(chlo-legalize-to-stablehlo))").run(module.operation)
-        given = [np.asarray(a, dtype=np.result_type(a), order="C") for a in jax.tree.leaves(args)]
-        found = stablehlo.eval_module(module, [ir.DenseElementsAttr.get(a) for a in given])
+        leaves = zip(jax.tree.leaves(args), jax.tree.leaves(lowered.args_info), strict=True)
+        given = [ir.DenseElementsAttr.get(np.asarray(a, info.dtype, order="C")) for a, info in leaves]
+        found = stablehlo.eval_module(module, given)
         return jax.tree.unflatten(lowered.out_tree, [np.array(value) for value in found])
