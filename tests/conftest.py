@@ -37,9 +37,6 @@ OPTIMIZED = {f"test_{name}" for name in ("cpu", "edges", "functional", "gradient
 # What they show depends on Triton alone, neither on JAX nor on Python: of several Pythons that .ci/run tests with one
 # release of Triton the first runs them.
 TRITON_ALONE = {f"test_{name}" for name in ("kernels", "machine", "traffic", "wide")}
-# They run whole experiments, which ask of JAX, Flax and optax only what is public: what works with the oldest release
-# and the newest does in between, and .ci/run, which tests all three, leaves it to those two.
-EXPERIMENTS = ("test_claims", "test_distributed", "test_memory", "test_overhead", "test_report")
 KEPT = os.environ.get("JBN_TEST_KEPT")
 
 
@@ -53,8 +50,6 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a GPU, and JBN_TEST_GPU=1"))
         if KEPT and item.path.stem in TRITON_ALONE and _tested().exists():
             item.add_marker(pytest.mark.skip(reason=f"passed on another Python: {_tested().name}"))
-        if os.environ.get("JBN_TEST_BETWEEN") and item.path.stem.startswith(EXPERIMENTS):
-            item.add_marker(pytest.mark.skip(reason="runs with the oldest release of JAX and the newest"))
 
 
 def pytest_sessionfinish(exitstatus):
