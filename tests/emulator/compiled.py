@@ -22,9 +22,8 @@ def assembled(launch, arrays, target: str = "sm_90") -> tuple[str, int]:
 
     def compute():
         with pytest.MonkeyPatch.context() as patch:
-            # NVIDIA's assembler has no part in this; nor have lines of source, what came before PTX, and Triton's cache
+            # NVIDIA's assembler has no part in this; nor have what came before PTX, and Triton's cache
             patch.setattr(CUDABackend, "make_cubin", lambda _self, ptx, *_: ptx.encode())
-            patch.setattr(knobs.compilation, "disable_line_info", True)
             patch.setattr(knobs.compilation, "store_binary_only", True)
             patch.setattr(compiler, "get_cache_key", lambda *_, **__: "")  # its folder is new
             compiled = compile_only(launch, kinds, target)

@@ -1,6 +1,5 @@
 """The GPU benchmark's machinery, on the CPU with tiny shapes: it selects, times, keeps, goes on and reports."""
 
-import functools
 import io
 import json
 import types
@@ -35,17 +34,15 @@ def go(out, given=TWO, minutes=None, names=NAMES):
 class Here(Worker):
     """Works in this process, which has imported JAX already."""
 
+    def __init__(self, name):
+        super().__init__(name)
+        state = {}  # of all requests, as `serve` begins anew with each
+        self.does = {do: lambda name, _, f=f, **asked: f(name, state, **asked) for do, f in DOES.items()}
+
     def ask(self, **request):
-        answers, does = io.StringIO(), {name: functools.partial(self.do, each) for name, each in DOES.items()}
-        serve(self.name, [json.dumps(request)], answers, does)
+        answers = io.StringIO()
+        serve(self.name, [json.dumps(request)], answers, self.does)
         self.answers.put(answers.getvalue())
-
-    @functools.cached_property
-    def state(self):
-        return {}
-
-    def do(self, each, name, _, **asked):
-        return each(name, self.state, **asked)
 
 
 def worker(name):

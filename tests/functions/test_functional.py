@@ -86,7 +86,7 @@ def test_every_rank_and_axis(rank, axis, implementation):
     for make, args in ((train, inputs), (evaluate, inputs[:2])):
         here, there = (str(jax.make_jaxpr(make(c))(*args)) for c in (case, from_end))
         assert re.sub("0x[0-9a-f]+", "", there) == re.sub("0x[0-9a-f]+", "", here)
-    run = meaning.run if implementation == "xla" else lambda f, *args: jax.jit(f)(*args)
+    run = meaning.run if implementation == "xla" else meaning.compiled
     check_train(case, inputs, run(train(case), *inputs))
     got = run(evaluate(case), *inputs[:2])
     residual = inputs.arrays["residual"]

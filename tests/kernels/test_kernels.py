@@ -18,7 +18,7 @@ import oracle
 import problems
 from driver import ON_GPU
 from oracle import MORE_ACTIVATIONS
-from problems import DTYPES, EPSILON, Drawn, check, cut, epsilon, execute, run_apply, run_moments, summed
+from problems import DTYPES, EPSILON, Drawn, check, cut, epsilon, execute, run_apply, run_moments, run_sums, summed
 
 from jbn._op.activations import decoded
 from jbn.kernels import launches
@@ -169,11 +169,8 @@ def test_many_rows(view):
     drawn, tiling = Drawn(view, activation="silu"), Tiling(8, 64, 40, 8)
     _, mean, m2 = run_moments(drawn, tiling)
     oracle.assert_moments((mean, m2), drawn.moments(), n=view.rows)
-    mean, var, _ = drawn.coefficients()
-    launch = launches.gradient_sums(drawn.problem(), None, 132, tiling)
-    given = mean, var, epsilon(drawn), drawn.scale, drawn.bias, None, None, drawn.dy
-    sums = dict(zip(("bias", "scale"), execute(launch, drawn.x, *given), strict=False))
-    oracle.assert_grads(sums, drawn.backward(), None, view.rows, axis=2)
+    total, product, _ = run_sums(drawn, tiling)
+    oracle.assert_grads({"bias": total, "scale": product}, drawn.backward(), None, view.rows, axis=2)
 
 
 @pytest.mark.parametrize("name", ["full", "full, channels first"])

@@ -142,7 +142,7 @@ def higher_alone():
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward_mode_and_second_derivatives(kind, devices):
     """Those of the same function on one device."""
-    run = meaning.run if kind == "vmap" else lambda f, *args: jax.jit(f)(*args)
+    run = meaning.run if kind == "vmap" else meaning.compiled
     found = run(higher(spread(kind, synchronised(), devices)), *inputs(), cotangent(), directions())
     for mode, want in higher_alone().items():
         print(mode)  # which pytest shows of what fails

@@ -59,7 +59,7 @@ CHECKPOINTS = {
 
 def compare(kind, function, *args):
     """function(bn, *args) is the same for ours and for the reference."""
-    run = meaning.run if kind == "vmap" else lambda f, *args: jax.jit(f)(*args)
+    run = meaning.run if kind == "vmap" else meaning.compiled
     results = both(lambda bn: run(functools.partial(function, bn), *args))
     for got, want in zip(*map(jax.tree.leaves, results), strict=True):
         oracle.assert_close(got, want, np.float64, n=100, factor=100)

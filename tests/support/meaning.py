@@ -23,3 +23,8 @@ def run(f, *args):
         given = [ir.DenseElementsAttr.get(np.asarray(a, info.dtype, order="C")) for a, info in leaves]
         found = stablehlo.eval_module(module, given)
         return jax.tree.unflatten(lowered.out_tree, [np.array(value) for value in found])
+
+
+def compiled(f, *args):
+    """The same by XLA, for what the interpreter cannot do."""
+    return jax.jit(f)(*args)

@@ -124,14 +124,20 @@ def run_apply(drawn, tiling, dtype=None):
     return execute(launch, drawn.x, mean, var, epsilon(drawn), drawn.scale, drawn.bias, drawn.residual)[0]
 
 
+def run_sums(drawn, tiling, keep=False):
+    """Σz̄, Σz̄x̂ and, with `keep`, z̄."""
+    mean, var, _ = drawn.coefficients()
+    launch = launches.gradient_sums(drawn.problem(), drawn.dtype if keep else None, 132, tiling)
+    vectors = (mean, var, epsilon(drawn), drawn.scale, drawn.bias)
+    return execute(launch, drawn.x, *vectors, drawn.residual, drawn.mask, drawn.dy)[:3]
+
+
 def run_backward(drawn, tiling, keep=False):
     """Σz̄, Σz̄x̂, x̄ and z̄, as two launches; with `keep`, the first one writes z̄ for the second."""
     mean, var, weight = drawn.coefficients()
     problem = drawn.problem(weight=weight is not None)
     vectors = (mean, var, epsilon(drawn), drawn.scale, drawn.bias)
-    launch = launches.gradient_sums(problem, drawn.dtype if keep else None, 132, tiling)
-    total, product, dz, *_ = execute(launch, drawn.x, *vectors, drawn.residual, drawn.mask, drawn.dy)
-    sums = total, product
+    *sums, dz = run_sums(drawn, tiling, keep)
     if keep:
         launch = launches.gradient_input(
             problem._replace(activation=None, residual=False), drawn.dtype, None, 132, tiling
@@ -140,7 +146,7 @@ def run_backward(drawn, tiling, keep=False):
     else:
         launch = launches.gradient_input(problem, drawn.dtype, drawn.dtype, 132, tiling)
         dx, dz = execute(launch, drawn.x, *vectors, weight, drawn.residual, drawn.mask, drawn.dy, *sums)
-    return total, product, dx, dz
+    return *sums, dx, dz
 
 
 def epsilon(drawn):
