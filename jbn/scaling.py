@@ -105,12 +105,12 @@ def fit(kind: Kind, x: ArrayLike | Iterable, *, axis: int = -1, mask: ArrayLike 
 
 def apply(affine: Affine, x: ArrayLike, *, axis: int = -1) -> jax.Array:
     """y = (x − offset) / scale along `axis`; of x's shape and dtype, computed in float32 (float64 for float64)."""
-    return _mapped(affine, x, axis, lambda x, scale, offset: (x - offset) / scale)
+    return _mapped(_there, affine, x, axis)
 
 
 def invert(affine: Affine, y: ArrayLike, *, axis: int = -1) -> jax.Array:
     """x = y · scale + offset along `axis`: undoes `apply` to rounding, constant features too; y's shape and dtype."""
-    return _mapped(affine, y, axis, lambda y, scale, offset: y * scale + offset)
+    return _mapped(_back, affine, y, axis)
 
 
 def unit_length(x: ArrayLike, *, axis: int = -1) -> jax.Array:
@@ -128,7 +128,13 @@ def unit_length(x: ArrayLike, *, axis: int = -1) -> jax.Array:
       TypeError, ValueError: for an argument out of contract, naming it.
     """
     x = check_input(x)
-    axis = check_axis(axis, x)
+    return _unit_length(x, check_axis(axis, x))
+
+
+# Called outside `jit` each of these is one program, and not one for every operation in it; inlined into others, it
+# leaves no trace there.
+@partial(jax.jit, static_argnums=1, inline=True)
+def _unit_length(x, axis):
     wide = x.astype(compute_dtype(x.dtype))
     # A power of two common to the sample keeps the squares in range, and cancels out of value and gradient alike.
     step = 2.0 ** (jnp.finfo(wide.dtype).maxexp * 5 // 8)
@@ -196,6 +202,7 @@ def _merged(a: _Summary, b: _Summary) -> _Summary:
     return _Summary(exponent, merge(of(a), of(b)), jnp.minimum(a.low, b.low), jnp.maximum(a.high, b.high))
 
 
+@partial(jax.jit, static_argnums=0, inline=True)
 def _affine(kind: Kind, seen: _Summary) -> Affine:
     count, mean, _ = seen.moments
     unit = _power(seen.exponent, mean.dtype)
@@ -231,12 +238,19 @@ def _power(exponent, dtype):
     return lax.bitcast_convert_type((exponent - info.minexp + 1) << info.nmant, dtype)
 
 
-def _mapped(affine, x, axis, function) -> jax.Array:
+def _there(x, scale, offset):
+    return (x - offset) / scale
+
+
+def _back(y, scale, offset):
+    return y * scale + offset
+
+
+def _mapped(function, affine, x, axis) -> jax.Array:
     x = check_input(x)
     axis = check_axis(axis, x)
     if not isinstance(affine, Affine):
         raise TypeError(f"affine is a {type(affine).__name__}, expected jbn.scaling.Affine, as fit returns it")
-    rows = tuple(a for a in range(x.ndim) if a != axis)
     vectors = []
     for name, vector in zip(affine._fields, affine, strict=True):
         vector = jnp.asarray(vector)
@@ -248,6 +262,12 @@ def _mapped(affine, x, axis, function) -> jax.Array:
                 f"axis={axis}: give the axis of the features"
             )
         vectors.append(vector)
+    return _run(function, axis, x, *vectors)
+
+
+@partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _run(function, axis, x, *vectors):
+    rows = tuple(a for a in range(x.ndim) if a != axis)
     wide = jnp.float64 if "float64" in (x.dtype.name, *(v.dtype.name for v in vectors)) else jnp.float32
     return function(x.astype(wide), *(lax.expand_dims(v.astype(wide), rows) for v in vectors)).astype(x.dtype)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -47,8 +49,15 @@ def fold_into_previous(
     kernel = _kernel(kernel)
     out = checks.check_axis(axis, kernel)
     channels = kernel.shape[out]
-    slope, shift = _map(params, state, epsilon, channels, kernel, axis)
-    bias = _bias(bias, channels)
+    epsilon = _checked(params, state, epsilon, channels, kernel, axis)
+    return _fold_into_previous(out, params, state, kernel, _bias(bias, channels), epsilon)
+
+
+# Called outside `jit` each of these two is one program, and not one for every operation in it; inlined into others, it
+# leaves no trace there.
+@partial(jax.jit, static_argnums=0, inline=True)
+def _fold_into_previous(out, params, state, kernel, bias, epsilon):
+    slope, shift = _map(params, state, epsilon, compute_dtype(kernel.dtype))
     folded = kernel.astype(slope.dtype) * _along(slope, out, kernel.ndim)
     moved = shift if bias is None else bias.astype(slope.dtype) * slope + shift
     return folded.astype(kernel.dtype), moved.astype(kernel.dtype)
@@ -97,8 +106,15 @@ def fold_into_next(
             f"kernel has shape {kernel.shape}, expected (..., {channels} / groups, outputs) for a batch norm of "
             f"{channels} channels, with outputs a multiple of groups"
         )
-    slope, shift = _map(params, state, epsilon, channels, kernel, -2)
-    bias = _bias(bias, outputs)
+    epsilon = _checked(params, state, epsilon, channels, kernel, -2)
+    return _fold_into_next(params, state, kernel, _bias(bias, outputs), epsilon)
+
+
+@partial(jax.jit, inline=True)
+def _fold_into_next(params, state, kernel, bias, epsilon):
+    slope, shift = _map(params, state, epsilon, compute_dtype(kernel.dtype))
+    inputs, outputs = kernel.shape[-2:]
+    groups = slope.size // inputs
 
     def per_weight(vector):
         """(C,) → (C / groups, outputs): the group of an output has inputs of its own."""
@@ -112,12 +128,14 @@ def fold_into_next(
     return (wide * per_weight(slope).reshape(spread)).astype(kernel.dtype), moved.astype(kernel.dtype)
 
 
-def _map(params, state, epsilon, channels, kernel, axis) -> tuple[jax.Array, jax.Array]:
-    """a and c of y = a·x + c, `(C,)`."""
+def _checked(params, state, epsilon, channels, kernel, axis):
     checks.check_vectors("params", params, BNParams, channels, kernel, axis)
     checks.check_vectors("state", state, BNState, channels, kernel, axis)
-    epsilon = checks.check_between("epsilon", epsilon, 0, float("inf"))
-    kind = compute_dtype(kernel.dtype)
+    return checks.check_between("epsilon", epsilon, 0, float("inf"))
+
+
+def _map(params, state, epsilon, kind) -> tuple[jax.Array, jax.Array]:
+    """a and c of y = a·x + c, `(C,)`."""
     mean, var = (jnp.asarray(v).astype(kind) for v in state)
     slope = lax.rsqrt(var + jnp.asarray(epsilon).astype(kind))
     if params.scale is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -58,7 +60,13 @@ def denormalize(
     channel = checks.check_axis(axis, y)
     checks.check_vectors("params", params, BNParams, y.shape[channel], y, axis)
     checks.check_vectors("state", state, BNState, y.shape[channel], y, axis)
-    epsilon = checks.check_between("epsilon", epsilon, 0, float("inf"))
+    return _denormalize(channel, params, state, y, checks.check_between("epsilon", epsilon, 0, float("inf")))
+
+
+# Called outside `jit` it is one program, and not one for every operation in it; inlined into others, it leaves no trace
+# there.
+@partial(jax.jit, static_argnums=0, inline=True)
+def _denormalize(channel, params, state, y, epsilon):
     kind = compute_dtype(y.dtype)
     others = tuple(a for a in range(y.ndim) if a != channel)
 
