@@ -34,9 +34,11 @@ from jbn._op import dispatch, tables
 
 plugin.install()
 OPTIMIZED = {f"test_{name}" for name in ("cpu", "edges", "functional", "gradients", "moments", "numerics")}
-# What they show depends on Triton alone, neither on JAX nor on Python: of several Pythons that .ci/run tests with one
-# release of Triton the first runs them.
-TRITON_ALONE = {f"test_{name}" for name in ("kernels", "machine", "traffic", "wide")}
+# What they show depends neither on JAX nor on Python: of several Pythons that .ci/run tests the first runs them, or the
+# first with a release of Triton. What kernels compute is Triton's; which layer is which follows from names and shapes.
+ONCE = {"test_match"}
+ONCE_A_TRITON = {f"test_{name}" for name in ("kernels", "machine", "traffic", "wide")}
+ONCE_A_TRITON_BY_KERNELS = {f"test_{name}" for name in ("edges", "locality", "numerics")}
 KEPT = os.environ.get("JBN_TEST_KEPT")
 
 
@@ -48,18 +50,21 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.gpu)
         if item.get_closest_marker("gpu") and not driver.ON_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU, and JBN_TEST_GPU=1"))
-        if KEPT and item.path.stem in TRITON_ALONE and _tested().exists():
-            item.add_marker(pytest.mark.skip(reason=f"passed on another Python: {_tested().name}"))
+        of_triton = ONCE_A_TRITON | ONCE_A_TRITON_BY_KERNELS if by_kernels else ONCE_A_TRITON
+        for tested, names in ((_tested(), ONCE), (_tested("triton"), of_triton)):
+            if KEPT and item.path.stem in names and tested.exists():
+                item.add_marker(pytest.mark.skip(reason=f"passed on another Python: {tested.name}"))
 
 
 def pytest_sessionfinish(exitstatus):
     if KEPT and exitstatus == 0 and "PYTEST_XDIST_WORKER" not in os.environ:
         _tested().touch()
+        _tested("triton").touch()
 
 
-def _tested() -> Path:
-    """Is there once the tests have passed with this release of Triton."""
-    return Path(KEPT or "", f"tested with triton {importlib.metadata.version('triton')}")
+def _tested(*packages) -> Path:
+    """Is there once the tests have passed with these releases."""
+    return Path(KEPT or "", " ".join(["tested", *(f"{name} {importlib.metadata.version(name)}" for name in packages)]))
 
 
 @pytest.fixture(scope="session", autouse=True)

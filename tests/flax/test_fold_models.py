@@ -6,6 +6,7 @@ import re
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import meaning
 import numpy as np
 import pytest
 from flax import nnx
@@ -41,9 +42,8 @@ def linen_fold(model, x, tolerance=1.0, **call):
     variables = noisy(jax.eval_shape(lambda key: model.init(key, x, **call), jax.random.key(0)))
     kept = jax.tree.map(np.array, variables)
     got = jbn.linen.fold(model, variables, jax.ShapeDtypeStruct(x.shape, x.dtype), **call)
-    y, want = jax.jit(lambda new, old, x: (got.apply(new, x, **call), model.apply(old, x, **call)))(
-        got.variables, variables, x
-    )
+    run = lambda new, old, x: (got.apply(new, x, **call), model.apply(old, x, **call))  # noqa: E731
+    y, want = meaning.run(run, got.variables, variables, x)
     assert y.dtype == want.dtype
     assert_close(y, want, n=1000, factor=4 * tolerance)
     jax.tree.map(np.testing.assert_array_equal, variables, kept)

@@ -7,6 +7,7 @@ import itertools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import meaning
 import numpy as np
 import oracle
 import pytest
@@ -28,7 +29,7 @@ def init(model, x, *args, **kwargs):
 
 def inits(models, x, *args, **kwargs):
     """`init` of each model, in one compilation."""
-    return jax.jit(lambda key: [model.init(key, x, *args, **kwargs) for model in models])(jax.random.key(0))
+    return meaning.run(lambda: [model.init(jax.random.key(0), x, *args, **kwargs) for model in models])
 
 
 def differentiate(model, variables, x, dy, *args, **kwargs):
@@ -43,7 +44,8 @@ def differentiate(model, variables, x, dy, *args, **kwargs):
 
 def steps(models, variables, x, dy, *args, **kwargs):
     """`differentiate` for each model, on the same variables, in one compilation."""
-    return jax.jit(lambda *a: [differentiate(model, *a, *args, **kwargs) for model in models])(variables, x, dy)
+    run = lambda *a: [differentiate(model, *a, *args, **kwargs) for model in models]  # noqa: E731
+    return meaning.run(run, variables, x, dy)
 
 
 def settled(variables, seed=1):

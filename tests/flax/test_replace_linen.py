@@ -5,6 +5,7 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import meaning
 import pytest
 from jax.sharding import PartitionSpec as P
 from layers import assert_equal, assert_same, bf16, inputs, small
@@ -65,11 +66,12 @@ def results(model, variables, x, dy=None):
         y, updates = run(params, x)
         return jnp.sum(y * dy), (y, updates)
 
-    return jax.jit(run if dy is None else jax.value_and_grad(loss, (0, 1), has_aux=True))(variables["params"], x)
+    program = run if dy is None else jax.value_and_grad(loss, (0, 1), has_aux=True)
+    return meaning.run(program, variables["params"], x)
 
 
 def init(model, x):
-    return jax.jit(lambda key: model.init(key, x))(jax.random.key(0))
+    return meaning.run(lambda: model.init(jax.random.key(0), x))
 
 
 OURS = functools.partial(jbn.linen.BatchNorm, **OPTIONS)

@@ -5,6 +5,7 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import meaning
 import ml_dtypes
 import numpy as np
 import pytest
@@ -49,10 +50,13 @@ def norm(scale=True, bias=True, seed=0):
     return params, jbn.BNState(rng.normal(size=C).astype(np.float32), rng.uniform(0.2, 3, C).astype(np.float32))
 
 
+NORMS = norm(), norm(scale=False), norm(bias=False)
+
+
 def layer_and_input(layer, shape, dtype=np.float32):
     rng = np.random.default_rng(1)
     x = rng.normal(1, 1, shape).astype(dtype)
-    params = layer.init(jax.random.key(0), x)["params"]
+    params = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
     return jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), dtype), params), x
 
 
@@ -65,24 +69,34 @@ def folded(layer, kernel, bias):
 def test_layer_before(name):
     layer, shape, axis = BEFORE[name]
     weights, x = layer_and_input(layer, shape)
-    for params, state in (norm(), norm(scale=False), norm(bias=False)):
-        want = jbn.bn_eval(params, state, layer.apply({"params": weights}, x), epsilon=EPSILON)
-        kernel, bias = fold_into_previous(
-            params, state, weights["kernel"], weights.get("bias"), axis=axis, epsilon=EPSILON
-        )
-        assert kernel.shape == weights["kernel"].shape and bias.shape == (C,)
-        assert_close(folded(layer, kernel, bias)(x), want, n=weights["kernel"].size)
+
+    def outputs(norms, weights, x):
+        for params, state in norms:
+            want = jbn.bn_eval(params, state, layer.apply({"params": weights}, x), epsilon=EPSILON)
+            kernel, bias = fold_into_previous(
+                params, state, weights["kernel"], weights.get("bias"), axis=axis, epsilon=EPSILON
+            )
+            assert kernel.shape == weights["kernel"].shape and bias.shape == (C,)
+            yield folded(layer, kernel, bias)(x), want
+
+    for got, want in meaning.run(lambda *a: list(outputs(*a)), NORMS, weights, x):
+        assert_close(got, want, n=weights["kernel"].size)
 
 
 @pytest.mark.parametrize("name", BEHIND)
 def test_layer_behind(name):
     layer, shape = BEHIND[name]
     weights, x = layer_and_input(layer, shape)
-    for params, state in (norm(), norm(scale=False), norm(bias=False)):
-        want = layer.apply({"params": weights}, jbn.bn_eval(params, state, x, epsilon=EPSILON))
-        kernel, bias = fold_into_next(params, state, weights["kernel"], weights.get("bias"), epsilon=EPSILON)
-        assert kernel.shape == weights["kernel"].shape
-        assert_close(folded(layer, kernel, bias)(x), want, n=weights["kernel"].size)
+
+    def outputs(norms, weights, x):
+        for params, state in norms:
+            want = layer.apply({"params": weights}, jbn.bn_eval(params, state, x, epsilon=EPSILON))
+            kernel, bias = fold_into_next(params, state, weights["kernel"], weights.get("bias"), epsilon=EPSILON)
+            assert kernel.shape == weights["kernel"].shape
+            yield folded(layer, kernel, bias)(x), want
+
+    for got, want in meaning.run(lambda *a: list(outputs(*a)), NORMS, weights, x):
+        assert_close(got, want, n=weights["kernel"].size)
 
 
 def test_layer_behind_with_zeros_around():

@@ -79,8 +79,9 @@ def test_like_plain_jnp(structure, name):
         def compute(bn):
             f, a, t = problem(name, bn)
             h = loss(lambda a: structure(f, a))
+            program = meaning.Program(lambda a, t: derivatives(h, a, t), a, t)
             branches = (a, a | {"x": -a["x"]}) if structure is cond else (a,)
-            return [meaning.run(lambda a, t: derivatives(h, a, t), each, t) for each in branches]
+            return [program(each, t) for each in branches]
 
         check(*both(compute))
 

@@ -4,6 +4,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import meaning
 import numpy as np
 import oracle
 import pytest
@@ -101,16 +102,16 @@ def test_values_and_derivatives(name, axes):
             f = lambda arrays, state, mask: (evaluate(CASES[name])(arrays, state), state)  # noqa: E731
         else:
             f = train(CASES[name])
-        run = None
+        call = None
         for case in cases:
             drawn = draw(case, np.float64)
             rng = np.random.default_rng(7)
             dy, v = rng.normal(size=case.shape), {k: rng.normal(size=a.shape) for k, a in drawn.arrays.items()}
             args = (drawn.arrays, tuple(drawn.state), drawn.mask, dy, v)
-            if run is None:
+            if call is None:
                 plain = lambda a, s, m, dy, v: everything(f)(a, jbn.BNState(*s), m, dy, v)  # noqa: E731
-                run = jax.jit(export.export(jax.jit(plain))(*abstract(args, case, text)).call)
-            y, state, got, second = run(*args)
+                call = export.export(jax.jit(plain))(*abstract(args, case, text)).call
+            y, state, got, second = meaning.run(call, *args)
             grads, moved = wanted(name, case, drawn, dy, v)
             if name == "eval":
                 residual = drawn.arrays["residual"]

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("strict")
 
 CASE = Case((16, 2, 3), mask=(0, 2), residual=True, activation="silu", unbiased=True)
 GROUPS = {"all": None, "groups": ((0, 2, 4, 6), (1, 3, 5, 7))}
+PLACES = [(kind, "all") for kind in KINDS] + [(kind, "groups") for kind in ("shard_map", "vmap")]
 NAMES = jax.checkpoint_policies.save_only_these_names("bn_input", "bn_stats")
 
 
@@ -65,8 +66,7 @@ def compare(kind, function, *args):
         oracle.assert_close(got, want, np.float64, n=100, factor=100)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("kind, groups", PLACES)
 def test_checkpoint(kind, groups, devices):
     """Gradients wherever it stands; that of the reference does not depend on it."""
 
@@ -91,8 +91,7 @@ def test_checkpoint_of_a_second_derivative(groups, devices):
         compare("vmap", curvature, arrays, arrays | {"x": rest[-1]}, *rest)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("kind, groups", PLACES)
 def test_linearize(kind, groups, devices):
     """The value, the linear map along a direction, and its transpose."""
 
@@ -132,24 +131,28 @@ def test_control_flow(kind, devices):
         compare(kind, gradients, *drawn())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("kind, groups", PLACES)
 def test_export(kind, groups, devices):
     """Values, state and gradients survive serialisation, for every platform."""
 
-    def both(bn, arrays, *rest):
-        f = mapped(kind, groups, bn, devices)
-        return jax.tree.leaves((f(arrays, *rest), jax.grad(total(f, *rest))(arrays)))
+    leaves, tree = jax.tree.flatten(drawn())  # plain arrays: a NamedTuple would have to be registered
 
-    with jax.enable_x64(True):
-        leaves, tree = jax.tree.flatten(drawn())  # plain arrays: a NamedTuple would have to be registered
-        f = jax.jit(lambda *leaves: both(jbn, *jax.tree.unflatten(tree, leaves)))
+    def compute(bn):
+        def values(*leaves):
+            arrays, *rest = jax.tree.unflatten(tree, leaves)
+            f = mapped(kind, groups, bn, devices)
+            return jax.tree.leaves((f(arrays, *rest), jax.grad(total(f, *rest))(arrays)))
+
+        f = jax.jit(values)
+        if bn is reference:
+            return f(*leaves)
         exported = export.export(f, platforms=("cpu", "cuda", "tpu"))(*leaves)
         assert exported.nr_devices == (1 if kind == "vmap" else 8)
         again = export.deserialize(exported.serialize())
         mesh = jax.make_mesh((exported.nr_devices,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
         everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        got = jax.jit(again.call)(*jax.device_put(leaves, everywhere))
-        want = jax.jit(functools.partial(both, reference))(*drawn())
-        for g, w in zip(got, want, strict=True):
+        return jax.jit(again.call)(*jax.device_put(leaves, everywhere))
+
+    with jax.enable_x64(True):
+        for g, w in zip(*both(compute), strict=True):
             oracle.assert_close(g, w, np.float64, n=100, factor=100)

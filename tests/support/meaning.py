@@ -4,25 +4,75 @@ A small program is done in less time than XLA needs to compile it, and nothing i
 XLA makes of the same operations other tests ask.
 """
 
+import math
+import re
+
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax._src.interpreters import mlir
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 from jaxlib.mlir.passmanager import PassManager
 
 stablehlo.register_stablehlo_passes()
+MOST = 200_000  # elements of all that a program computes; the interpreter takes about a microsecond for each
+TYPE = re.compile(r"tensor<((?:\d+x)*)")
+KEYS = re.compile(r"sdy\.sharding_constraint (%\w+) <.*?>(?= :)")  # jax.random's, which choose nothing on one device
+
+
+class Program:
+    """`jax.jit(f)` for arrays like `args`, on one device and calling nothing else; gives NumPy arrays.
+
+    XLA compiles what is large, which the interpreter is slow at, and complex numbers, of which it knows little.
+    """
+
+    def __init__(self, f, *args):
+        leaves, tree = jax.tree.flatten(args)
+        kinds = [jax.dtypes.canonicalize_dtype(jnp.result_type(leaf)) for leaf in leaves]
+
+        def wide(*leaves):
+            found = f(*jax.tree.unflatten(tree, [leaf.astype(k) for leaf, k in zip(leaves, kinds, strict=True)]))
+            self.out, self.found = jax.tree.map(lambda a: a.dtype, found), jax.tree.structure(found)
+            return [a.astype(widened(a.dtype)) for a in jax.tree.leaves(found)]
+
+        self.kinds, self.jitted = [widened(kind) for kind in kinds], jax.jit(wide, keep_unused=True)
+        given = [jax.ShapeDtypeStruct(np.shape(leaf), kind) for leaf, kind in zip(leaves, self.kinds, strict=True)]
+        module = self.jitted.lower(*given).compiler_ir("stablehlo")
+        if "tensor<?" in str(module):
+            module = mlir.refine_polymorphic_shapes(module)
+        text = KEYS.sub(r"stablehlo.optimization_barrier \1", str(module))
+        self.module = None
+        if "complex<" not in text and sum(map(elements, TYPE.findall(text))) < MOST:
+            with module.context:
+                self.module = ir.Module.parse(text)
+                PassManager.parse("builtin.module(func.func(chlo-legalize-to-stablehlo))").run(self.module.operation)
+
+    def __call__(self, *args):
+        arrays = [np.asarray(a, kind, order="C") for a, kind in zip(jax.tree.leaves(args), self.kinds, strict=True)]
+        if self.module is None:
+            found = map(np.asarray, self.jitted(*arrays))
+        else:
+            with self.module.context:
+                given = [ir.DenseElementsAttr.get(a, signless=a.dtype.kind != "u") for a in arrays]
+                found = [np.array(value) for value in stablehlo.eval_module(self.module, given)]
+        return jax.tree.map(lambda a, dtype: a.astype(dtype), jax.tree.unflatten(self.found, found), self.out)
+
+
+def widened(dtype):
+    """The interpreter is given, and gives, no half precision; it computes in it."""
+    half = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+    return np.dtype(np.float32) if half else dtype
+
+
+def elements(shape: str) -> int:
+    """Of a tensor whose type begins like this."""
+    return math.prod(map(int, shape.split("x")[:-1]))
 
 
 def run(f, *args):
-    """`jax.jit(f)(*args)` of float32 and float64 arrays, as NumPy arrays: on one device, and calling nothing else."""
-    lowered = jax.jit(f, keep_unused=True).lower(*args)
-    module = lowered.compiler_ir("stablehlo")
-    with module.context:
-        PassManager.parse("builtin.module(func.func(chlo-legalize-to-stablehlo))").run(module.operation)
-        leaves = zip(jax.tree.leaves(args), jax.tree.leaves(lowered.args_info), strict=True)
-        given = [ir.DenseElementsAttr.get(np.asarray(a, info.dtype, order="C")) for a, info in leaves]
-        found = stablehlo.eval_module(module, given)
-        return jax.tree.unflatten(lowered.out_tree, [np.array(value) for value in found])
+    """`jax.jit(f)(*args)`, all of it here."""
+    return Program(f, *args)(*args)
 
 
 def compiled(f, *args):
