@@ -44,6 +44,7 @@ KEPT = os.environ.get("JBN_TEST_KEPT")
 
 def pytest_collection_modifyitems(items):
     """On a GPU the kernels' tests run there; elsewhere what is marked so is skipped. None of it starts JAX."""
+    passed, passed_with_triton = (bool(KEPT) and _tested(*of).exists() for of in ((), ("triton",)))
     for item in items:
         by_kernels = hasattr(item, "callspec") and item.callspec.params.get("implementation") == "kernels"
         if driver.ON_GPU and (by_kernels or item.path.stem in ("test_kernels", "test_pieces", "test_gpu")):
@@ -51,9 +52,8 @@ def pytest_collection_modifyitems(items):
         if item.get_closest_marker("gpu") and not driver.ON_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU, and JBN_TEST_GPU=1"))
         of_triton = ONCE_A_TRITON | ONCE_A_TRITON_BY_KERNELS if by_kernels else ONCE_A_TRITON
-        for tested, names in ((_tested(), ONCE), (_tested("triton"), of_triton)):
-            if KEPT and item.path.stem in names and tested.exists():
-                item.add_marker(pytest.mark.skip(reason=f"passed on another Python: {tested.name}"))
+        if (passed and item.path.stem in ONCE) or (passed_with_triton and item.path.stem in of_triton):
+            item.add_marker(pytest.mark.skip(reason="passed on another Python"))
 
 
 def pytest_sessionfinish(exitstatus):
