@@ -130,6 +130,11 @@ def noisy(tree):
     return jax.tree.map(lambda a: jnp.asarray(rng.uniform(0.5, 1.5, a.shape), a.dtype), tree)
 
 
+def drawn(model):
+    """Variables of it."""
+    return noisy(jax.eval_shape(model.init, jax.random.key(0), X))
+
+
 def outputs(got, model, variables):
     """Of the folded model, and of the other."""
     run = lambda folded, variables: (got.apply(folded, X), model.apply(variables, X))  # noqa: E731
@@ -146,7 +151,7 @@ def left(got, norm, reason):
 def test_linen(name):
     function, reason = CASES[name]
     model = small(function)
-    variables = noisy(jax.eval_shape(model.init, jax.random.key(0), X))
+    variables = drawn(model)
     got = jbn.linen.fold(model, variables, jax.ShapeDtypeStruct(X.shape, X.dtype))
     left(got, "OffsetNorm_0" if "a norm" in name else "BatchNorm_0", reason)
     half = jnp.finfo(jnp.bfloat16).eps / jnp.finfo(jnp.float32).eps if name == "half precision" else 1
@@ -162,7 +167,7 @@ def test_the_others_fold():
         return x
 
     model = small(stack)
-    variables = noisy(jax.eval_shape(model.init, jax.random.key(0), X))
+    variables = drawn(model)
     got = jbn.linen.fold(model, variables, X)
     assert got.folded == {f"BatchNorm_{i}": f"Dense_{i}" for i in (0, 2, 4)}
     assert got.left.keys() == {"BatchNorm_1", "BatchNorm_3"}
@@ -172,9 +177,9 @@ def test_the_others_fold():
 def test_while_traced():
     """There is nothing to compare with then: what is known of the program decides."""
     model = small(CASES["standardised"][0])
-    variables = noisy(jax.eval_shape(model.init, jax.random.key(0), X))
+    variables = drawn(model)
     plain = small(lambda x: Norm()(Dense()(x)))
-    others = noisy(jax.eval_shape(plain.init, jax.random.key(0), X))
+    others = drawn(plain)
 
     @jax.jit
     def run(variables, others):

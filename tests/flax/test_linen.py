@@ -28,7 +28,7 @@ def init(model, x, *args, **kwargs):
 
 
 def inits(models, x, *args, **kwargs):
-    """`init` of each model, in one compilation."""
+    """`init` of each model, in one program."""
     return meaning.run(lambda: [model.init(jax.random.key(0), x, *args, **kwargs) for model in models])
 
 
@@ -43,7 +43,7 @@ def differentiate(model, variables, x, dy, *args, **kwargs):
 
 
 def steps(models, variables, x, dy, *args, **kwargs):
-    """`differentiate` for each model, on the same variables, in one compilation."""
+    """`differentiate` for each model, on the same variables, in one program."""
     run = lambda *a: [differentiate(model, *a, *args, **kwargs) for model in models]  # noqa: E731
     return meaning.run(run, variables, x, dy)
 

@@ -48,7 +48,7 @@ def differentiate(graph, params, stats, x, dy, *args, **kwargs):
 
 
 def steps(layers, x, dy, *args, **kwargs):
-    """`differentiate` for each layer, in one compilation."""
+    """`differentiate` for each layer, in one program."""
 
     def run(x, dy):
         return [differentiate(*split(layer), x, dy, *args, **kwargs) for layer in layers]

@@ -34,16 +34,18 @@ class Program:
 
         def wide(*leaves):
             found = f(*jax.tree.unflatten(tree, [leaf.astype(k) for leaf, k in zip(leaves, kinds, strict=True)]))
-            self.out, self.found = jax.tree.map(lambda a: a.dtype, found), jax.tree.structure(found)
-            return [a.astype(widened(a.dtype)) for a in jax.tree.leaves(found)]
+            leaves, self.found = jax.tree.flatten(found)
+            self.out = [leaf.dtype for leaf in leaves]
+            return [leaf.astype(widened(leaf.dtype)) for leaf in leaves]
 
         self.kinds = [widened(kind) for kind in kinds]
         given = [jax.ShapeDtypeStruct(np.shape(leaf), kind) for leaf, kind in zip(leaves, self.kinds, strict=True)]
         lowered = jax.jit(wide, keep_unused=True).lower(*given)
         module = lowered.compiler_ir("stablehlo")
-        if "tensor<?" in str(module):
-            module = mlir.refine_polymorphic_shapes(module)
-        text = KEYS.sub(r"stablehlo.optimization_barrier \1", str(module))
+        text = str(module)
+        if "tensor<?" in text:
+            text = str(mlir.refine_polymorphic_shapes(module))
+        text = KEYS.sub(r"stablehlo.optimization_barrier \1", text)
         if "complex<" in text or sum(map(elements, TYPE.findall(text))) > MOST:
             self.call = lowered.compile()
             return
@@ -54,8 +56,7 @@ class Program:
 
     def __call__(self, *args):
         arrays = [np.asarray(a, kind, order="C") for a, kind in zip(jax.tree.leaves(args), self.kinds, strict=True)]
-        found = jax.tree.unflatten(self.found, self.call(*arrays))
-        return jax.tree.map(lambda a, dtype: np.asarray(a, dtype), found, self.out)
+        return self.found.unflatten(map(np.asarray, self.call(*arrays), self.out))
 
 
 def evaluated(module, *arrays):
@@ -76,7 +77,7 @@ def elements(shape: str) -> int:
 
 
 def run(f, *args):
-    """`jax.jit(f)(*args)`, all of it here."""
+    """`jax.jit(f)(*args)`, in NumPy arrays."""
     return Program(f, *args)(*args)
 
 
