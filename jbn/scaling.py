@@ -21,6 +21,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jbn._functions.checks import FLOATS, check_axis, check_input, check_mask
+from jbn._functions.eager import one_program
 from jbn._functions.moments import Moments, merge, moments
 from jbn._op.merging import merge_stream
 from jbn._op.plan import compute_dtype
@@ -131,9 +132,7 @@ def unit_length(x: ArrayLike, *, axis: int = -1) -> jax.Array:
     return _unit_length(x, check_axis(axis, x))
 
 
-# Called outside `jit` each of these is one program, and not one for every operation in it; inlined into others, it
-# leaves no trace there.
-@partial(jax.jit, static_argnums=1, inline=True)
+@partial(one_program, static_argnums=1)
 def _unit_length(x, axis):
     wide = x.astype(compute_dtype(x.dtype))
     # A power of two common to the sample keeps the squares in range, and cancels out of value and gradient alike.
@@ -202,7 +201,7 @@ def _merged(a: _Summary, b: _Summary) -> _Summary:
     return _Summary(exponent, merge(of(a), of(b)), jnp.minimum(a.low, b.low), jnp.maximum(a.high, b.high))
 
 
-@partial(jax.jit, static_argnums=0, inline=True)
+@partial(one_program, static_argnums=0)
 def _affine(kind: Kind, seen: _Summary) -> Affine:
     count, mean, _ = seen.moments
     unit = _power(seen.exponent, mean.dtype)
@@ -265,7 +264,7 @@ def _mapped(function, affine, x, axis) -> jax.Array:
     return _run(function, axis, x, *vectors)
 
 
-@partial(jax.jit, static_argnums=(0, 1), inline=True)
+@partial(one_program, static_argnums=(0, 1))
 def _run(function, axis, x, *vectors):
     rows = tuple(a for a in range(x.ndim) if a != axis)
     wide = jnp.float64 if "float64" in (x.dtype.name, *(v.dtype.name for v in vectors)) else jnp.float32

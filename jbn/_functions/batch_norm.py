@@ -12,6 +12,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jbn._functions import checks
+from jbn._functions.eager import one_program
 from jbn._functions.renorm import Renorm, check_renorm, corrected
 from jbn._functions.virtual import Virtual, check_virtual, each
 from jbn._op.merging import Statistics, pool_along
@@ -234,9 +235,7 @@ def _prepare(params, state, x, axis, epsilon, residual, activation, dtype, imple
     return plan, params, state, x, epsilon, residual
 
 
-# Called outside `jit` each of these two is one program, and not one for every operation in it; inlined into others, it
-# leaves no trace there.
-@partial(jax.jit, static_argnums=0, inline=True)
+@partial(one_program, static_argnums=0)
 def _train(fixed: _Training, params, state, x, epsilon, residual, mask, momentum, rest, renorm):
     plan, sync, virtual, unbiased, mixes = fixed
     terms = _terms(plan, params, x, epsilon, residual)
@@ -256,7 +255,7 @@ def _train(fixed: _Training, params, state, x, epsilon, residual, mask, momentum
     return y, BNState(move(state.mean, seen.mean), move(state.var, seen.variance(unbiased)))
 
 
-@partial(jax.jit, static_argnums=0, inline=True)
+@partial(one_program, static_argnums=0)
 def _eval(plan: Plan, params, state, x, epsilon, residual):
     return normalize_eval(plan, x, _terms(plan, params, x, epsilon, residual), _running(plan, state, x))
 

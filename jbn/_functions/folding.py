@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from jbn._functions import checks
 from jbn._functions.batch_norm import BNParams, BNState
+from jbn._functions.eager import one_program
 from jbn._op.plan import compute_dtype
 
 
@@ -53,9 +54,7 @@ def fold_into_previous(
     return _fold_into_previous(out, params, state, kernel, _bias(bias, channels), epsilon)
 
 
-# Called outside `jit` each of these two is one program, and not one for every operation in it; inlined into others, it
-# leaves no trace there.
-@partial(jax.jit, static_argnums=0, inline=True)
+@partial(one_program, static_argnums=0)
 def _fold_into_previous(out, params, state, kernel, bias, epsilon):
     slope, shift = _map(params, state, epsilon, compute_dtype(kernel.dtype))
     folded = kernel.astype(slope.dtype) * _along(slope, out, kernel.ndim)
@@ -110,7 +109,7 @@ def fold_into_next(
     return _fold_into_next(params, state, kernel, _bias(bias, outputs), epsilon)
 
 
-@partial(jax.jit, inline=True)
+@one_program
 def _fold_into_next(params, state, kernel, bias, epsilon):
     slope, shift = _map(params, state, epsilon, compute_dtype(kernel.dtype))
     inputs, outputs = kernel.shape[-2:]

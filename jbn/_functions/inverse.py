@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from jbn._functions import checks
 from jbn._functions.batch_norm import BNParams, BNState
+from jbn._functions.eager import one_program
 from jbn._op.plan import compute_dtype
 
 
@@ -63,9 +64,7 @@ def denormalize(
     return _denormalize(channel, params, state, y, checks.check_between("epsilon", epsilon, 0, float("inf")))
 
 
-# Called outside `jit` it is one program, and not one for every operation in it; inlined into others, it leaves no trace
-# there.
-@partial(jax.jit, static_argnums=0, inline=True)
+@partial(one_program, static_argnums=0)
 def _denormalize(channel, params, state, y, epsilon):
     kind = compute_dtype(y.dtype)
     others = tuple(a for a in range(y.ndim) if a != channel)
