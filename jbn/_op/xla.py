@@ -82,12 +82,12 @@ def tangent(plan: Plan, x, coef: Coefficients, residual, mask, moved):
     out = jnp.zeros_like(xhat)
     if dx is not None:
         dx = dx.astype(out.dtype)
+        out += dx * map_.slope
         if plan.centred:
             axes = rows(plan, x.ndim)
             seen = dx if mask is None else where(mask, dx, 0)
             sums = add_across(tuple(_vector(plan, _total(v, axes)) for v in (seen, seen * xhat)), plan.sync)
-            dx = dx - _projection(plan, coef, centred, map_, sums)
-        out += dx * map_.slope
+            out -= _projection(plan, coef, centred, map_, sums)
     if dscale is not None:
         out += xhat * _spread(plan, dscale, x.ndim)
     if dbias is not None:
@@ -97,9 +97,9 @@ def tangent(plan: Plan, x, coef: Coefficients, residual, mask, moved):
     return (_through_activation(plan, out, centred, map_, coef, residual, mask).astype(plan.dtype),)
 
 
-def gradient_sums(plan: Plan, x, coef: Coefficients, residual, mask, dy):
-    """`Σ z̄, Σ z̄ · x̂` over the rows of each channel, where z̄ = activation'(z) · ȳ."""
-    dz, centred, map_ = cotangent(plan, x, coef, residual, mask, dy, jnp.greater_equal)
+def gradient_sums(plan: Plan, x, coef: Coefficients, residual, mask, dy, above=jnp.greater_equal):
+    """`Σ z̄, Σ z̄ · x̂` over the rows of each channel, where z̄ = activation'(z) · ȳ; `above` as `_map` has it."""
+    dz, centred, map_ = cotangent(plan, x, coef, residual, mask, dy, above)
     axes = rows(plan, x.ndim)
     return _vector(plan, _total(dz, axes)), _vector(plan, _total(dz * centred, axes) * map_.rstd)
 
@@ -129,11 +129,11 @@ def gradient_input(plan: Plan, x, coef: Coefficients, residual, mask, dy, sums, 
     """
     del kept
     dz, centred, map_ = cotangent(plan, x, coef, residual, mask, dy)
-    dx = dz
+    dx = dz * map_.slope
     if plan.centred:
         pull = _projection(plan, coef, centred, map_, sums)
-        dx = dz - (pull if mask is None else where(mask, pull, 0))
-    dx = (dx * map_.slope).astype(x.dtype)
+        dx -= pull if mask is None else where(mask, pull, 0)
+    dx = dx.astype(x.dtype)
     return (dx,) if residual is None else (dx, dz.astype(residual.dtype))
 
 
@@ -204,11 +204,12 @@ def _through_activation(plan: Plan, moved, centred, map_: _Map, coef: Coefficien
 
 
 def _projection(plan: Plan, coef: Coefficients, centred, map_: _Map, sums):
-    """mean(v) + x̂ · mean(v · x̂), from the sums of v and v · x̂."""
+    """scale · rstd · (mean(v) + x̂ · mean(v · x̂)), from the sums of v and v · x̂."""
     first, second = (_spread(plan, _mean(plan, coef, v), centred.ndim) for v in sums)
-    # rstd is multiplied by once for a channel: XLA gives a CPU's threads what has more than an operation for a byte,
-    # and waking one takes longer than a small layer
-    return first + centred * (map_.rstd * second)
+    # What can be is multiplied once for a channel, and the first product is that of z: XLA gives a CPU's threads what
+    # has more than an operation for a byte, and waking one takes longer than a small layer. All of it once for a
+    # channel would leave float32's range, as rstd² does.
+    return centred * map_.slope * (map_.rstd * second) + map_.slope * first
 
 
 def _mean(plan: Plan, coef: Coefficients, total):

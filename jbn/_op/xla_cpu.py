@@ -74,7 +74,9 @@ def gradient_sums(plan: Plan, x, coef: Coefficients, residual, mask, dy):
     """`Σ z̄, Σ z̄ · x̂` over the rows of each channel, where z̄ = activation'(z) · ȳ."""
     parts = _parts(plan, x, PARTS if plan.activation else _plain(x))
     if mask is not None or parts is None:
-        return xla.gradient_sums(plan, x, coef, residual, mask, dy)
+        # of little x, what both passes compute is kept
+        above = jnp.greater if _is_little(plan, x) else jnp.greater_equal
+        return xla.gradient_sums(plan, x, coef, residual, mask, dy, above)
     axes = _within(plan, x)
     x, residual, dy = (None if v is None else _cut(plan, v, parts) for v in (x, residual, dy))
     cut = plan._replace(channel=plan.batch + 2)
@@ -95,9 +97,13 @@ def _plain(x) -> Iterable[int]:
     return PLAIN_PARTS if x.dtype.itemsize > 2 else HALF_PARTS
 
 
+def _is_little(plan: Plan, x) -> bool:
+    return row_count(plan, x) * x.shape[plan.channel] <= LITTLE
+
+
 def _parts(plan: Plan, x, numbers: Iterable[int]) -> int | None:
     """How many parts rows are cut into, if that can be and is worth it."""
-    if row_count(plan, x) * x.shape[plan.channel] <= LITTLE:
+    if _is_little(plan, x):
         return None
     before = math.prod(x.shape[plan.batch : plan.channel])
     return next((n for n in numbers if before % n == 0), None)
