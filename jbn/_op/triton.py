@@ -146,7 +146,9 @@ def gradient_sums_keeping(plan: Plan, x, coef: Coefficients, residual, mask, dy,
 def _gradient_sums(plan, x, coef, residual, mask, dy, kept, runner):
     view = _view(plan, x.shape)
     mask, geometry = _mask(plan, view, x.shape, mask)
-    launch = launches.gradient_sums(_problem(plan, view, x, geometry, coef, residual), kept, runner.processors)
+    problem = _problem(plan, view, x, geometry, coef, residual)
+    capability = runner.device.capability
+    launch = launches.gradient_sums(problem, kept, runner.processors, capability=capability)
     total, product, dz, *_ = runner(launch, x, *_vectors(coef), _or(residual, x), _or(mask, x), dy)
     return _vector(plan, x, total), _vector(plan, x, product), dz.reshape(x.shape) if kept else dz
 

@@ -12,7 +12,7 @@ from jbn.kernels import launches
 from jbn.kernels.launches import Launch, Problem
 from jbn.kernels.tiling import Tiling, View
 
-PROCESSORS = 132  # multiprocessors of an H100 and an H200
+PROCESSORS, CAPABILITY = 132, 90  # multiprocessors of an H100 and an H200, and their compute capability times ten
 VECTORS = ("mean", "var", "epsilon", "scale", "bias")
 
 
@@ -114,7 +114,7 @@ def _apply(problem: Problem, tiling: Tiling | None) -> Launch:
 
 def _sums(problem: Problem, tiling: Tiling | None) -> Launch:
     kept = problem.dtype if problem.residual and problem.activation else None
-    return launches.gradient_sums(problem, kept, PROCESSORS, tiling)
+    return launches.gradient_sums(problem, kept, PROCESSORS, tiling, CAPABILITY)
 
 
 def _input(problem: Problem, tiling: Tiling | None) -> Launch:
