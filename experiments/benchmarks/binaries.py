@@ -49,8 +49,11 @@ COLORS = dict(zip(TARGETS, (SKY, BLUE, GREEN, ORANGE), strict=True))
 VECTORS = ("float32",) * 5
 
 
-def representative(view: View, dtype: str, activation: str = "silu") -> dict[str, tuple[Launch, tuple[str, ...]]]:
+def representative(
+    view: View, dtype: str, activation: str = "silu", target: str = "sm_80"
+) -> dict[str, tuple[Launch, tuple[str, ...]]]:
     """Launches, with their input dtypes; `activation` is that of those with a residual."""
+    capability = TARGETS[target].arch if target.startswith("sm_") else 0
     plain = Problem(view, dtype, view.rows)
     fused = plain._replace(residual=True, activation=activation)
     full, of_rows = Mask("full"), Mask("rows", period=view.rows)
@@ -65,6 +68,10 @@ def representative(view: View, dtype: str, activation: str = "silu") -> dict[str
         "sums": (launches.gradient_sums(plain, None, PROCESSORS), sums),
         "sums, relu": (launches.gradient_sums(plain._replace(activation="relu"), None, PROCESSORS), sums),
         f"sums, residual, {activation}": (launches.gradient_sums(fused, dtype, PROCESSORS), sums),
+        "sums, residual, relu": (
+            launches.gradient_sums(fused._replace(activation="relu"), dtype, PROCESSORS, capability=capability),
+            sums,
+        ),
         "sums, mask of rows": (launches.gradient_sums(plain._replace(mask=of_rows), None, PROCESSORS), sums),
         "input": (launches.gradient_input(plain, dtype, None, PROCESSORS), moved),
         "input, relu": (launches.gradient_input(plain._replace(activation="relu"), dtype, None, PROCESSORS), moved),
@@ -80,11 +87,11 @@ def representative(view: View, dtype: str, activation: str = "silu") -> dict[str
 
 
 def compiled(targets: Any = TARGETS, views: Any = VIEWS, dtypes: Any = DTYPES) -> Iterator[tuple[Any, ...]]:
-    """Every launch compiled for every target, in turn: (layout, dtype, name, launch, binary, its name)."""
+    """Every launch compiled for each target in turn: (layout, dtype, name, launch, binary, its name)."""
     for layout in views:
         for dtype in dtypes:
-            for name, (launch, arrays) in representative(VIEWS[layout], dtype).items():
-                for target in targets:
+            for target in targets:
+                for name, (launch, arrays) in representative(VIEWS[layout], dtype, target=target).items():
                     with making("triton"):
                         binary = compile_launch(launch, arrays, target)
                     yield layout, dtype, name, launch, binary, name_of(launch, arrays, target)
