@@ -22,9 +22,11 @@ class Device(NamedTuple):
 
 
 def devices(folder: Path) -> list[Device]:
-    """Those that have lines of training steps or layers in a folder of their own."""
+    """Those that have lines of training steps or layers in a folder of their own, or measured again in another file."""
     found = []
     for path in sorted(folder.glob("*/flight2.jsonl")):
+        again = path.with_name("again.jsonl")
+        path = again if again.exists() else path
         lines = list(read([path]))
         card = next(
             (line["card"].partition(",")[0] for line in lines if line["kind"] == "environment"), path.parent.name

@@ -88,3 +88,32 @@ def test_pieces_are_lowered_once_and_called(platform):
     passes = ["bn_apply", "bn_gradient_input", "bn_gradient_sums", "bn_moments"]
     assert sorted(re.findall(r"func\.func private @(bn_\w+)", text)) == passes
     assert Counter(re.findall(r"call @(bn_\w+)", text)) == {name: layers for name in passes}
+
+
+def busiest(norm, relu):
+    """The most operations for a byte in a loop over little x: gradients of a loss of y alone, so ȳ is made of x."""
+    kind, fused = NORMS[norm]
+    layer = kind(use_running_average=False, **{"activation": "relu"} if relu and fused else {})
+
+    def loss(params, stats, x):
+        y, updates = layer.apply({"params": params, "batch_stats": stats}, x, mutable=["batch_stats"])
+        y = nn.relu(y) if relu and not fused else y
+        return jnp.mean(y * y), updates
+
+    x = jax.ShapeDtypeStruct((128, 32), jnp.float32)
+    variables = jax.eval_shape(layer.init, jax.random.key(0), x)
+    step = jax.jit(jax.value_and_grad(loss, (0, 2), has_aux=True))
+    text = step.lower(variables["params"], variables["batch_stats"], x).compile().as_text()
+    bodies = dict(re.findall(r"^%(\S+) \([^\n]*\{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL))
+    found = []
+    for called in re.findall(r"= f32\[128,32\]\S* fusion\(.*kind=kLoop, calls=%([\w.]+)", text):
+        steps = Counter(re.findall(r"= (?:f32|pred)\[128,32\]\S* (\w+)\(", bodies[called]))
+        found.append((steps.total() - steps["parameter"] - steps["broadcast"]) / (4 * (steps["parameter"] + 1)))
+    assert len(found) >= 4
+    return max(found)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_gradients_of_little_x_wake_no_thread_that_flax_leaves_asleep(relu):
+    """XLA gives a CPU's threads the loops with more than an operation for a byte, and waking them takes longer."""
+    assert busiest("fused" if relu else "jbn", relu) <= max(busiest("flax", relu), 1)

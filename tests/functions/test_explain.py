@@ -87,6 +87,18 @@ def test_forecast(triton, name):
     assert "x fits into L2" not in text
 
 
+def test_registers_decide_on_tiles(triton):
+    """Sums with add + relu in 16 bits have larger ones from compute capability 9.0 on."""
+    elements = [
+        math.prod(told.launches["backward"][0].tile)
+        for told in (
+            jbn.explain(LARGE, residual=LARGE, activation="relu", device=name, implementation="triton")
+            for name in ("NVIDIA H200", "NVIDIA A100")
+        )
+    ]
+    assert elements == [4096, 2048]
+
+
 def test_forecast_with_triton_alone():
     """jax-triton is not installed, and there is no GPU: what would be launched is told all the same."""
     pytest.importorskip("triton", reason="Triton is not installed")

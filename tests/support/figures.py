@@ -10,7 +10,7 @@ from experiments.material import cases, models
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments/results"
-H100 = RESULTS / "gpu/nvidia-h100-80gb-hbm3"
+H100, H200 = RESULTS / "gpu/nvidia-h100-80gb-hbm3", RESULTS / "gpu/nvidia-h200"
 README, KERNELS, EXPERIMENTS = (
     (ROOT / folder / "README.md").read_text(encoding="utf-8") for folder in (".", "kernels", "experiments")
 )
@@ -21,8 +21,8 @@ def results(name):
 
 
 @functools.cache
-def lines(flight, kind):
-    found = read([H100 / f"{flight}.jsonl"])
+def lines(flight, kind, card=H100):
+    found = read([card / f"{flight}.jsonl"])
     return [line for line in found if line.get("kind") == kind]  # tried.jsonl has lines without
 
 

@@ -1,0 +1,207 @@
+"""Figures in READMEs are those of committed results: what GPUs measured of the kernels as they are."""
+
+import json
+import math
+
+import pytest
+from figures import H100, H200, KERNELS, README, ROOT, lines, mean, norms
+
+CARDS = {"H200": (H200, "flight2", "flight3"), "H100": (H100, "again", "again")}
+NAMES = {"flax.linen": "`flax.linen`", "jbn triton": "jbn, kernels, add + relu fused"}
+LAYERS = [(256, "relu"), (128, "relu"), (256, "add + relu"), (128, "add + relu"), (32, "relu")]
+RIVALS = {"flax.linen": "`flax.linen`", "jbn xla": "our own XLA"}
+APART = "forward", "backward"
+both_cards = pytest.mark.parametrize("card", CARDS)
+
+
+def of(card, kind):
+    folder, layers, alone = CARDS[card]
+    return lines(alone if kind in ("run", "check", "repeat") else layers, kind, folder)
+
+
+def speed(card):
+    """Of a training step beside Flax's, as written."""
+    steps = {line["candidate"]: line["us"] for line in of(card, "step")}
+    return f"{steps['flax.linen'] / steps['jbn triton']:.2f}×"
+
+
+@both_cards
+def test_training_step(card):
+    steps = {line["candidate"]: line for line in of(card, "step")}
+    flax, told = steps["flax.linen"], {}
+    for name, step in steps.items():
+        assert step["batch"] == 128
+        told[name] = f"{step['us'] / 1e3:.1f}", f"{step['images']:.0f}", f"{step['peak_bytes'] / 2**30:.2f}"
+        beside = f"{flax['us'] / step['us']:.2f}× | {step['peak_bytes'] / flax['peak_bytes']:.2f}×"
+        assert f"| {card} | {NAMES[name]} | {' | '.join(told[name])} | {beside} |" in KERNELS
+    ours, (ms, images, gib) = told["jbn triton"], told["flax.linen"]
+    memory = steps["jbn triton"]["peak_bytes"] / flax["peak_bytes"]
+    what = f"| {card}¹ | training step of ResNet-50, batch 128, 224², bfloat16, SGD; add + relu fused |"
+    row = "kernels {} ms ({} images/s, {} GiB), ".format(*ours) + f"Flax {ms} ms ({images}, {gib}): {speed(card)} as"
+    assert f"{what} {row} fast, {memory:.2f}× the memory |" in README
+    assert f"a training step of ResNet-50 {speed('H200')} and {speed('H100')} ([speed](#speed))" in README
+
+
+@both_cards
+def test_what_ran(card):
+    """Milliseconds of a training step by what ran, and the bytes that our kernels cannot do without."""
+    ran = {(line["candidate"], line["kernel"]): line for line in of(card, "kernels")}
+    for candidate, name in (("flax.linen", "`flax.linen`"), ("jbn triton", "jbn, kernels")):
+        ms = {kernel: line["us"] / 1e3 for (who, kernel), line in ran.items() if who == candidate}
+        ours = sum(value for kernel, value in ms.items() if kernel.startswith("jbn_"))
+        cells = [ms["cuDNN and cuBLAS"], ours, ms["XLA"], ms["copies and zeros"], sum(ms.values())]
+        assert f"| {card} | {name} | {' | '.join(f'{each:.2f}' if each else '–' for each in cells)} |" in KERNELS
+    # passes over x: 3 forward and 5 backward; with add + relu the residual is read twice more, and z̄ written
+    gigabytes = 2e-9 * sum(math.prod(shape) * (11 if fused == "add + relu" else 8) for shape, fused in norms())
+    assert f"{card}: {gigabytes:.1f} GB in {ours:.2f} ms, {gigabytes / ours:.1f} TB/s" in KERNELS
+
+
+def speeds(card, batch, fused, other, *passes):
+    """The other's time over that of the kernels, for each shape of which both were measured."""
+    times = {
+        (line["candidate"], line["case"], line["pass"]): line["us"]
+        for line in of(card, "layer")
+        if (line["shape"][0], line["fused"]) == (batch, fused)
+    }
+    cases = dict.fromkeys(case for _, case, _ in times)
+    return [
+        sum(times[other, case, each] for each in passes) / sum(times["jbn triton", case, each] for each in passes)
+        for case in cases
+        if all((name, case, each) in times for name in (other, "jbn triton") for each in passes)
+    ]
+
+
+def apart(card, batch, fused, other):
+    """As written: geometric mean of forward and backward, the least and the most; either alone; in one program."""
+    both = speeds(card, batch, fused, other, *APART)
+    means = [f"{mean(speeds(card, batch, fused, other, each)):.2f}×" for each in (*APART, "both")]
+    return f"{mean(both):.2f}×", f"({min(both):.2f} to {max(both):.2f})", *means
+
+
+@both_cards
+def test_layers(card):
+    for batch, fused in LAYERS:
+        for other, name in RIVALS.items():
+            told, between, *means = apart(card, batch, fused, other)
+            count = len(speeds(card, batch, fused, other, *APART))
+            who = name if count == 12 else f"{name}, {count} shapes"
+            assert f"| {card} | {batch}, {fused} | {who} | {told} {between} | {' | '.join(means)} |" in KERNELS
+    (flax, flax_range, *_), (xla, xla_range, *_) = (apart(card, 256, "relu", other) for other in RIVALS)
+    others = [apart(card, *each, "flax.linen")[0] for each in LAYERS[1:4]]
+    one = ", ".join(apart(card, *each, "flax.linen")[-1] for each in LAYERS[:4])
+    told = f"{flax} as fast as Flax {flax_range}, {xla} as our own XLA {xla_range}; "
+    told += "at batch 128 {} as fast as Flax; with add + relu {} and {}. ".format(*others)
+    assert f"{told}Both passes in one program, as in the step: {one} |" in README
+
+
+def test_passes_of_layers():
+    def passes(card, loss):
+        (*_, forward, backward, _), (*_, xla_forward, xla_backward, _) = (
+            apart(card, 256, "relu", other) for other in RIVALS
+        )
+        told = f"{card}: forward {forward} as fast as Flax{loss}, {xla_forward} as our own XLA; "
+        return told + f"backward {backward} as fast as Flax, {xla_backward} as our own XLA"
+
+    assert f"| {passes('H200', '')}. {passes('H100', ', **a loss**')} |" in README
+    ranges = []
+    for card in CARDS:
+        found = [
+            mean(speeds(card, batch, "relu", "flax.linen", *each)) for batch in (128, 256) for each in (APART, ["both"])
+        ]
+        ranges.append(f"{min(found):.2f} to {max(found):.2f}×")
+    assert (
+        "On an H200 its kernels are {} as fast as Flax's batch norm with relu, on an H100 {}".format(*ranges) in README
+    )
+
+
+def chosen(found):
+    return {
+        (run["kernel"], run["fused"], run["dtype"], tuple(run["shape"])): run
+        for run in found
+        if run["chosen"] and run["ok"]
+    }
+
+
+def test_right():
+    assert all(run["ok"] for card in CARDS for run in of(card, "run"))
+    checks, repeats = of("H200", "check"), of("H200", "repeat")
+    assert all(check["ok"] for check in checks) and not any(repeat["differing"] for repeat in repeats)
+    counts = [len(of(card, "run")) for card in CARDS]
+    assert "timed launches agree with float64, {} on the H200 and {} on the H100".format(*counts) in KERNELS
+    assert f"({len(checks)} launches). {len(repeats)} launches, 100 times each" in KERNELS
+
+
+def test_what_an_h200_changed():
+    """Beside the kernels of before, in another flight."""
+    now, before = chosen(of("H200", "run")), chosen(lines("tried", "run", H200))
+
+    def gain(*asked, where=lambda _: True):
+        found = [
+            before[key]["us"] / run["us"]
+            for key, run in now.items()
+            if key[:3] == asked and key in before and where(before[key])
+        ]
+        return f"{min(found):.2f} to {max(found):.2f}× ({len(found)} shapes)"
+
+    def few(run):  # of a merging that was cut to the programs that there are
+        return 1 < run["tiling"][2] <= 512 // run["tiling"][1]
+
+    assert f"| {gain('sums', 'add + relu', 'bfloat16')} |" in KERNELS
+    assert f"| {gain('moments', 'alone', 'bfloat16')} |" in KERNELS
+    told = [gain(kernel, "alone", "float32", where=few) for kernel in ("moments", "sums")]
+    assert "| moments {}, sums {} |".format(*told) in KERNELS
+
+
+@both_cards
+def test_kernels_alone(card):
+    """Of x over 100 MB: bytes a second beside those of a copy of the same x."""
+    runs = {
+        key: run["bytes"] / run["us"] / 1e6
+        for key, run in chosen(of(card, "run")).items()
+        if math.prod(key[3]) * (2 if key[2] == "bfloat16" else 4) > 100e6
+    }
+    copies = {key[2:]: speed for key, speed in runs.items() if key[0] == "copy"}
+    shares = {key: speed / copies[key[2:]] for key, speed in runs.items() if key[0] not in ("copy", "read")}
+    cells = [f"{min(copies.values()):.1f} to {max(copies.values()):.1f} TB/s"]
+    for dtype in ("bfloat16", "float32"):
+        moments = [value for key, value in shares.items() if key[2] == dtype and key[0] == "moments"]
+        others = [value for key, value in shares.items() if key[2] == dtype and key[0] != "moments"]
+        assert len(others) > 50
+        cells += [
+            f"{100 * min(moments):.0f} to {100 * max(moments):.0f} %",
+            f"{100 * min(others):.0f} to {100 * max(others):.0f} %",
+        ]
+    assert f"| {card} | {' | '.join(cells)} |" in KERNELS
+
+
+@both_cards
+def test_rows_that_the_package_ships(card):
+    """Of lines, and but for the first day's only of passes that the device and not the host was timed in."""
+    layers = {"2026-11-28": of(card, "layer")}
+    layers |= dict.fromkeys(("2026-11-26", "2026-11-27"), lines("flight2", "layer"))
+    found = {
+        (date, *line["shape"], line["fused"], line["pass"], line["candidate"]): line
+        for date, each in layers.items()
+        for line in each
+    }
+    kind = of(card, "environment")[0]["card"].partition(",")[0]
+    path = ROOT / f"jbn/_op/measured/{kind.lower().replace(' ', '-')}.json"
+    table = json.loads(path.read_text(encoding="utf-8"))
+    assert table["device"] == kind and sum(row["date"] == "2026-11-28" for row in table["rows"]) > 30
+    tuned, by_the_host = [], []
+    for row in table["rows"]:
+        fused = "add + relu" if row["residual"] else row["activation"] or "alone"
+        if row["date"] == "2026-11-26" and row["backward"] is None:
+            tuned.append((row["shape"][1], row["shape"][-1], fused))
+            continue
+        for each in APART:
+            for name, us in (row[each] or {}).items():
+                line = found[row["date"], *row["shape"], fused, each, f"jbn {name}"]
+                assert us == round(line["us"], 3) and line["same"]
+                if line["host_us"] >= 0.9 * line["us"]:
+                    assert (row["date"], fused) == ("2026-11-26", "relu")
+                    by_the_host.append((row["shape"][1], row["shape"][-1], each))
+    # as the folder's README has them
+    assert tuned == [(14, 256, "alone"), (7, 512, "alone"), (7, 512, "add + relu")] * (card == "H100")
+    early = {(7, 512, "backward"), (7, 512, "forward"), (14, 256, "forward")}
+    assert set(by_the_host) == (early if card == "H100" else set())
