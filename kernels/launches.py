@@ -61,7 +61,10 @@ LONG = ("gelu", "gelu_exact", "mish", "elu", "tanh")  # activations whose expres
 def moments(problem: Problem, processors: int, tiling: Tiling | None = None) -> Launch:
     """Arrays: x, mask. Outputs: count (with a mask), mean, var, scratch, scratch."""
     view, mask = problem.view, problem.mask
-    if mask is None and view.inner == 1:  # the fastest on an H100 over all sizes, within 5 % of each size's own best
+    if _has_few_rows(problem):
+        resident, unroll = 2, 2
+        tiling = tiling or _tiling(problem, processors, 4096, resident)._replace(splits=1)
+    elif mask is None and view.inner == 1:  # the fastest on an H100 over all sizes, within 5 % of each size's own best
         resident, unroll = 4, 2 if problem.dtype == "float32" else 4
         tiling = tiling or _tiling(problem, processors, 4096 // ITEMSIZE[problem.dtype], resident, warps=4, wide=False)
     else:
@@ -119,6 +122,8 @@ def gradient_sums(
             elements = 4096  # an H200 is 8 to 15 % faster, an H100 up to 6; sm_80 has too few registers, or spills
     elif problem.mask is None and view.inner == 1:
         resident, elements, unroll = 2, 4096, 2  # up to 14 % faster on an H100 than less
+        if _has_few_rows(problem):
+            tiling = tiling or _tiling(problem, processors, elements, resident)._replace(splits=1)
     else:
         # as many bytes in flight, whatever the dtype
         resident = 2 if problem.activation or problem.mask else 3
@@ -183,6 +188,13 @@ def _constants(view: View, tiling: Tiling) -> dict[str, Any]:
         CHANNELS=tiling.CHANNELS,
         WIDE=needs_wide_offsets(view, tiling),
     )
+
+
+def _has_few_rows(problem: Problem) -> bool:
+    """Whether a block of channels is for one program, so that nothing is merged, nor zeroed before it."""
+    view = problem.view
+    plain = problem.mask is None and view.inner == 1 and problem.dtype != "float32"
+    return plain and view.rows <= 2048 and view.channels >= 1024
 
 
 def _merging(tiling: Tiling, unroll: int, fewer: bool = False) -> dict[str, Any]:

@@ -99,6 +99,13 @@ def test_registers_decide_on_tiles(triton):
     assert elements == [4096, 2048]
 
 
+@pytest.mark.parametrize("rows, channels, programs", [(32 * 49, 2048, 64), (32 * 49, 512, 64), (4096, 1024, 352)])
+def test_few_rows_of_many_channels_have_a_program_each(triton, rows, channels, programs):
+    x = jax.ShapeDtypeStruct((rows, channels), jnp.bfloat16)
+    told = jbn.explain(x, device="NVIDIA H200", implementation="triton")
+    assert told.launches["forward"][0].programs == programs
+
+
 def test_forecast_with_triton_alone():
     """jax-triton is not installed, and there is no GPU: what would be launched is told all the same."""
     pytest.importorskip("triton", reason="Triton is not installed")

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 from figures import H100, H200, KERNELS, README, ROOT, lines, mean, norms
@@ -16,7 +17,7 @@ both_cards = pytest.mark.parametrize("card", CARDS)
 
 def of(card, kind):
     folder, layers, alone = CARDS[card]
-    return lines(alone if kind in ("run", "check", "repeat") else layers, kind, folder)
+    return lines(alone if kind in ("run", "check", "repeat", "baseline") else layers, kind, folder)
 
 
 def speed(card):
@@ -133,6 +134,11 @@ def test_right():
 
 def test_what_an_h200_changed():
     """Beside the kernels of before, in another flight."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from jbn.kernels.launches import Problem, gradient_sums, moments
+    from jbn.kernels.tiling import View
+
+    launches = {"moments": partial(moments, processors=132), "sums": partial(gradient_sums, kept=None, processors=132)}
     now, before = chosen(of("H200", "run")), chosen(lines("tried", "run", H200))
 
     def gain(*asked, where=lambda _: True):
@@ -150,6 +156,21 @@ def test_what_an_h200_changed():
     assert f"| {gain('moments', 'alone', 'bfloat16')} |" in KERNELS
     told = [gain(kernel, "alone", "float32", where=few) for kernel in ("moments", "sums")]
     assert "| moments {}, sums {} |".format(*told) in KERNELS
+
+    def one(*asked):  # of the tilings tried then, the one that is chosen now
+        key = *asked, "bfloat16", (32, 7, 7, 2048)
+        launch = launches[asked[0]](Problem(View(1, 1568, 2048, 1), "bfloat16", activation="relu"))
+        cut = [*launch.tiling], launch.constants["UNROLL"]
+        [run] = [
+            run
+            for run in lines("tried", "run", H200)
+            if (run["kernel"], run["fused"], run["dtype"], tuple(run["shape"])) == key
+            and (run["tiling"], run["unroll"]) == cut
+        ]
+        assert run["ok"] and not run["chosen"]
+        return before[key]["us"] / run["us"]
+
+    assert f"| moments {one('moments', 'alone'):.2f}×, sums with relu {one('sums', 'relu'):.2f}× |" in KERNELS
 
 
 @both_cards
@@ -172,6 +193,54 @@ def test_kernels_alone(card):
             f"{100 * min(others):.0f} to {100 * max(others):.0f} %",
         ]
     assert f"| {card} | {' | '.join(cells)} |" in KERNELS
+
+
+LAUNCHES = {  # of a pass, with what: sums with add + relu keep z̄, of which the second launch makes x̄
+    "forward": [(("moments", "alone"), ("apply", fused)) for fused in ("alone", "relu", "add + relu")],
+    "backward": [
+        (("sums", "alone"), ("input", "alone")),
+        (("sums", "relu"), ("input", "relu")),
+        (("sums", "add + relu"), ("input", "alone")),
+    ],
+}
+
+
+@both_cards
+def test_passes_beside_a_copy(card):
+    """Of x over 100 MB, the two launches of a pass together."""
+    runs = chosen(of(card, "run"))
+    told = []
+    for name, passes in LAUNCHES.items():
+        shares = []
+        for kind, _, dtype, shape in runs:
+            if kind == "copy" and math.prod(shape) * (2 if dtype == "bfloat16" else 4) > 100e6:
+                copy = runs["copy", "alone", dtype, shape]
+                for launches in passes:
+                    both = [runs.get((*launch, dtype, shape)) for launch in launches]
+                    if all(both):
+                        speed = sum(run["bytes"] for run in both) / sum(run["us"] for run in both)
+                        shares.append(100 * speed / (copy["bytes"] / copy["us"]))
+        assert len(shares) > 45
+        told.append(f"{name} {min(shares):.0f} to {max(shares):.0f} %")
+    assert f"{card}: {', '.join(told)} of a copy" in KERNELS.replace("\n", " ")
+
+
+@both_cards
+def test_beside_pytorch(card):
+    """Forward and backward: the faster of its two for each shape, over our four launches."""
+    runs, told = chosen(of(card, "run")), []
+    for dtype in ("bfloat16", "float32"):
+        theirs = {}
+        for line in of(card, "baseline"):
+            if (line["pass"], line["dtype"]) == ("both", dtype):
+                theirs.setdefault(tuple(line["shape"]), []).append(line["us"])
+        found = []
+        for shape, us in theirs.items():
+            ours = [runs.get((kind, "alone", dtype, shape)) for kind in ("moments", "apply", "sums", "input")]
+            if all(ours):
+                found.append(min(us) / sum(run["us"] for run in ours))
+        told.append(f"{dtype} {mean(found):.2f}× ({min(found):.2f} to {max(found):.2f}, {len(found)} shapes)")
+    assert f"{card}: {', '.join(told)}." in KERNELS
 
 
 @both_cards
