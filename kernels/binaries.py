@@ -45,7 +45,10 @@ def compile_launch(launch: Launch, arrays: tuple[str, ...], target: str) -> Bina
 
 
 def compile_only(launch: Launch, arrays: tuple[str, ...], target: str) -> CompiledKernel:
-    """Compiles a launch for arrays that are 16-byte aligned as XLA's are, as jax-triton does; numbers that are 1 go."""
+    """Compiles a launch for arrays that are 16-byte aligned as XLA's are, as jax-triton does; numbers that are 1 go.
+
+    Without lines of source, so that where a kernel stands in its file has no say in registers.
+    """
     kinds = [POINTERS[kind] for kind in arrays]
     kinds += [_number(value) for value in launch.numbers]
     kinds += [POINTERS[output.dtype] for output in launch.outputs]
@@ -57,8 +60,9 @@ def compile_only(launch: Launch, arrays: tuple[str, ...], target: str) -> Compil
     source = ASTSource(launch.kernel, signature, constants, aligned)
     warps = max(1, launch.tiling.warps * 32 // TARGETS[target].warp_size)  # as many threads
     options = {"num_warps": warps, "enable_fp_fusion": True}
-    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
+    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope(), triton.knobs.compilation.scope():
         triton.knobs.cache.dir = folder
+        triton.knobs.compilation.disable_line_info = True
         return triton.compile(source, target=TARGETS[target], options=options)
 
 

@@ -53,14 +53,14 @@ def representative(
     view: View, dtype: str, activation: str = "silu", target: str = "sm_80"
 ) -> dict[str, tuple[Launch, tuple[str, ...]]]:
     """Launches, with their input dtypes; `activation` is that of those with a residual."""
-    capability = TARGETS[target].arch if target.startswith("sm_") else 0
+    capability = int(target.removeprefix("sm_")) if target.startswith("sm_") else 0
     plain = Problem(view, dtype, view.rows)
     fused = plain._replace(residual=True, activation=activation)
     full, of_rows = Mask("full"), Mask("rows", period=view.rows)
     sums = (dtype, *VECTORS, dtype, "bool", dtype)
     moved = (dtype, *VECTORS, "float32", dtype, "bool", dtype, "float32", "float32")
     return {
-        "moments": (launches.moments(plain, PROCESSORS), (dtype, "bool")),
+        "moments": (launches.moments(plain, PROCESSORS, capability=capability), (dtype, "bool")),
         "moments, full mask": (launches.moments(plain._replace(mask=full), PROCESSORS), (dtype, "bool")),
         "moments, mask of rows": (launches.moments(plain._replace(mask=of_rows), PROCESSORS), (dtype, "bool")),
         "apply": (launches.apply(plain, dtype, PROCESSORS), (dtype, *VECTORS, dtype)),

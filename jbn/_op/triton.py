@@ -43,6 +43,10 @@ class Runner:
     def processors(self) -> int:
         return self.device.processors
 
+    @property
+    def capability(self) -> int:
+        return self.device.capability
+
     def __call__(self, launch, *arrays):
         wide = self.device.architecture.startswith("gfx")  # a warp there has 64 threads
         return jax_triton.triton_call(
@@ -53,7 +57,7 @@ class Runner:
             out_shape=[jax.ShapeDtypeStruct(o.shape, jnp.dtype(o.dtype)) for o in launch.outputs],
             grid=(launch.programs,),
             num_warps=max(1, launch.tiling.warps // 2) if wide else launch.tiling.warps,
-            compute_capability=None if wide else self.device.capability,
+            compute_capability=None if wide else self.capability,
             zeroed_outputs=tuple(i for i, o in enumerate(launch.outputs) if o.zeroed),
             **launch.constants,
         )
@@ -118,7 +122,8 @@ def moments(plan: Plan, x, mask, *, runner):
     """Over the rows of each channel: `mean, Σ(x − mean)² / count`, and the count before them where there is a mask."""
     view = _view(plan, x.shape)
     mask, geometry = _mask(plan, view, x.shape, mask)
-    launch = launches.moments(_problem(plan, view, x, geometry), runner.processors)
+    problem = _problem(plan, view, x, geometry)
+    launch = launches.moments(problem, runner.processors, capability=runner.capability)
     count, mean, var, *_ = runner(launch, x, _or(mask, x))
     found = (mean, var) if mask is None else (count, mean, var)
     return tuple(_vector(plan, x, v) for v in found)
@@ -147,8 +152,7 @@ def _gradient_sums(plan, x, coef, residual, mask, dy, kept, runner):
     view = _view(plan, x.shape)
     mask, geometry = _mask(plan, view, x.shape, mask)
     problem = _problem(plan, view, x, geometry, coef, residual)
-    capability = runner.device.capability
-    launch = launches.gradient_sums(problem, kept, runner.processors, capability=capability)
+    launch = launches.gradient_sums(problem, kept, runner.processors, capability=runner.capability)
     total, product, dz, *_ = runner(launch, x, *_vectors(coef), _or(residual, x), _or(mask, x), dy)
     return _vector(plan, x, total), _vector(plan, x, product), dz.reshape(x.shape) if kept else dz
 

@@ -149,7 +149,7 @@ def check(f, mesh, given):
 @pytest.mark.parametrize("way", WAYS[:3])
 def test_in_the_interpreter(way, devices, on_cpu, monkeypatch):
     runner = functools.partial(interpreted)
-    runner.processors = 4
+    runner.processors, runner.capability = 4, 90
     monkeypatch.setattr(
         dispatch, "kernels", lambda name, platform: functools.partial(getattr(triton, name), runner=runner)
     )

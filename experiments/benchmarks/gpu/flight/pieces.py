@@ -105,7 +105,7 @@ def whole_rows(view: View) -> Tiling:
 
 
 def _moments(problem: Problem, tiling: Tiling | None) -> Launch:
-    return launches.moments(problem, PROCESSORS, tiling)
+    return launches.moments(problem, PROCESSORS, tiling, CAPABILITY)
 
 
 def _apply(problem: Problem, tiling: Tiling | None) -> Launch:
