@@ -204,8 +204,8 @@ def _has_few_rows(problem: Problem) -> bool:
 def _merging(tiling: Tiling, unroll: int, fewer: bool = False) -> dict[str, Any]:
     """Partial results are merged 1024 at once: more would need more registers than the rest of the kernel.
 
-    `fewer` where fewer programs have some takes a microsecond less. But where the loop before has registers to spare,
-    it is up to 28 % slower: the compiler has fewer loads in flight in it.
+    `fewer`: no more at once than there are programs, which takes a microsecond less. But where the loop before has
+    registers to spare, it is up to 28 % slower: the compiler has fewer loads in flight in it.
     """
     once = 1024 // tiling.CHANNELS
     if fewer:

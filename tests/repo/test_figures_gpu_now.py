@@ -12,6 +12,8 @@ NAMES = {"flax.linen": "`flax.linen`", "jbn triton": "jbn, kernels, add + relu f
 LAYERS = [(256, "relu"), (128, "relu"), (256, "add + relu"), (128, "add + relu"), (32, "relu")]
 RIVALS = {"flax.linen": "`flax.linen`", "jbn xla": "our own XLA"}
 APART = "forward", "backward"
+# of relu at batch 256: kernels' times, and our XLA's forward pass, which took longer than both passes in one program
+DISTURBED = {("H100", "flax.linen"), ("H100", "jbn xla"), ("H200", "jbn xla")}, "256×112×112×64", "relu"
 both_cards = pytest.mark.parametrize("card", CARDS)
 
 
@@ -64,7 +66,9 @@ def speeds(card, batch, fused, other, *passes):
         for line in of(card, "layer")
         if (line["shape"][0], line["fused"]) == (batch, fused)
     }
-    cases = dict.fromkeys(case for _, case, _ in times)
+    cards, shape, what = DISTURBED
+    left_out = shape if (card, other) in cards and fused == what else None
+    cases = [case for case in dict.fromkeys(case for _, case, _ in times) if case != left_out]
     return [
         sum(times[other, case, each] for each in passes) / sum(times["jbn triton", case, each] for each in passes)
         for case in cases
@@ -92,7 +96,9 @@ def test_layers(card):
     one = ", ".join(apart(card, *each, "flax.linen")[-1] for each in LAYERS[:4])
     told = f"{flax} as fast as Flax {flax_range}, {xla} as our own XLA {xla_range}; "
     told += "at batch 128 {} as fast as Flax; with add + relu {} and {}. ".format(*others)
-    assert f"{told}Both passes in one program, as in the step: {one} |" in README
+    assert f"{told}Both passes in one program, as in the step: {one}" in README
+    small = apart(card, 32, "relu", "flax.linen")[0]
+    assert (f"At batch 32 {small}" if card == "H100" else f"on the H200 {small} |") in README
 
 
 def test_passes_of_layers():
@@ -110,9 +116,8 @@ def test_passes_of_layers():
             mean(speeds(card, batch, "relu", "flax.linen", *each)) for batch in (128, 256) for each in (APART, ["both"])
         ]
         ranges.append(f"{min(found):.2f} to {max(found):.2f}×")
-    assert (
-        "On an H200 its kernels are {} as fast as Flax's batch norm with relu, on an H100 {}".format(*ranges) in README
-    )
+    told = "On an H200 its kernels are {} as fast as Flax's batch norm with relu, on an H100 {} (batch 128 and 256)"
+    assert told.format(*ranges) in README
 
 
 def chosen(found):
