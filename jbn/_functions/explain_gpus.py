@@ -59,4 +59,8 @@ def target(platform: str | None, device: str | None) -> tuple[str, Device | None
 
 def _with_facts(device: Device) -> Device:
     row = find(device.kind)
-    return device if row is None else device._replace(cache=row.cache, bandwidth=row.bandwidth)
+    if row is None:
+        return device
+    # what is assumed is compiled for less than it can: tiles go by what it is
+    architecture = device.architecture if device.here else row.architecture
+    return device._replace(cache=row.cache, bandwidth=row.bandwidth, architecture=architecture)
