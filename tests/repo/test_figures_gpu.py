@@ -4,7 +4,21 @@ import math
 import re
 
 import scipy.stats
-from figures import EXPERIMENTS, KERNELS, README, lines, mean, norms, results, steps
+from figures import (
+    APART,
+    EXPERIMENTS,
+    KERNELS,
+    README,
+    apart,
+    gigabytes,
+    lines,
+    norms,
+    ran_cells,
+    results,
+    speeds,
+    step_cells,
+    steps,
+)
 
 from experiments.material import models
 from jbn.kernels.tiling import View, choose
@@ -14,17 +28,14 @@ def test_training_step_on_a_gpu():
     found = steps()
     flax, saving = found["flax.linen", False], found["jbn triton", True]
 
-    def told(step):
-        return f"{step['us'] / 1e3:.1f}", f"{step['images']:.0f}", f"{step['peak_bytes'] / 2**30:.2f}"
-
     def beside(step):
         return f"{flax['us'] / step['us']:.2f}", f"{step['peak_bytes'] / flax['peak_bytes']:.2f}"
 
     assert len(found) == 5
     for step in found.values():
-        assert f"| {' | '.join(told(step))} | {'× | '.join(beside(step))}× |" in KERNELS
+        assert f"| {' | '.join(step_cells(step))} | {'× | '.join(beside(step))}× |" in KERNELS
     [row] = [line.split("|")[3] for line in README.splitlines() if "saving memory as above, in six" in line]
-    assert re.findall(r"\d+\.?\d*", row) == [*told(saving)[::2], *beside(saving)]
+    assert re.findall(r"\d+\.?\d*", row) == [*step_cells(saving)[::2], *beside(saving)]
     assert len(models.SEGMENTS) == 6  # one is the stem, and the last is an end
     assert "in six checkpoints" in README and "in six checkpoints" in KERNELS
     disturbed = [
@@ -36,16 +47,13 @@ def test_training_step_on_a_gpu():
 
 def test_what_a_gpu_ran():
     """Milliseconds of a training step by what ran, and the bytes that our kernels cannot do without."""
-    ran = {(line["candidate"], line["kernel"]): line for line in lines("flight2", "kernels")}
+    kernels = lines("flight2", "kernels")
     for candidate, name in (("flax.linen", "`flax.linen`"), ("jbn triton", "jbn, kernels")):
-        ms = {kernel: line["us"] / 1e3 for (who, kernel), line in ran.items() if who == candidate}
-        ours = sum(value for kernel, value in ms.items() if kernel.startswith("jbn_"))
-        cells = [ms["cuDNN and cuBLAS"], ours, ms["XLA"], ms["copies and zeros"], sum(ms.values())]
-        assert f"| {name} | {' | '.join(f'{each:.2f}' if each else '–' for each in cells)} |" in KERNELS
-    # passes over x: 3 forward and 5 backward; with add + relu the residual is read twice more, and z̄ written
-    gigabytes = 2e-9 * sum(math.prod(shape) * (11 if fused == "add + relu" else 8) for shape, fused in norms())
-    speed = gigabytes / ours  # of the kernels', the last of the loop
-    assert f"move {gigabytes:.1f} GB in those {ours:.2f} ms, {speed:.1f} TB/s" in KERNELS
+        cells, ours = ran_cells(kernels, candidate)
+        assert f"| {name} | {cells} |" in KERNELS
+    # of the kernels', the last of the loop
+    assert f"move {gigabytes():.1f} GB in those {ours:.2f} ms, {gigabytes() / ours:.1f} TB/s" in KERNELS
+    ran = {(line["candidate"], line["kernel"]): line for line in kernels}
     launches = {
         name: [round(ran[who, name]["launches"]) for who in ("jbn triton", "flax.linen")]
         for name in ("XLA", "copies and zeros")
@@ -133,42 +141,19 @@ LAYERS = [
     (32, "relu"),
 ]
 RIVALS = {"flax.linen": "`flax.linen`", "jbn xla": "our own XLA", "torch": "PyTorch, native and cuDNN"}
-APART = "forward", "backward"
-
-
-def speeds(batch, fused, other, *passes):
-    """The other's time over that of the kernels, for each shape of which both were measured."""
-    times = {
-        (line["candidate"], line["case"], line["pass"]): line["us"]
-        for line in lines("flight2", "layer")
-        if (line["shape"][0], line["fused"]) == (batch, fused)
-    }
-    both = [case for name, case, each in times if (name, each) == (other, "forward")]
-    both = [case for case in both if ("jbn triton", case, "forward") in times]
-    return [
-        sum(times[other, case, each] for each in passes) / sum(times["jbn triton", case, each] for each in passes)
-        for case in both
-    ]
-
-
-def apart(batch, fused, other):
-    """As written: geometric mean of forward and backward, the least and the most; either alone; in one program."""
-    both = speeds(batch, fused, other, *APART)
-    means = [f"{mean(speeds(batch, fused, other, each)):.2f}×" for each in (*APART, "both")]
-    return f"{mean(both):.2f}×", f"({min(both):.2f} to {max(both):.2f})", *means
 
 
 def test_layers_on_a_gpu():
-    rows = 0
+    rows, layers = 0, lines("flight2", "layer")
     for batch, fused in LAYERS:
         for other, name in RIVALS.items():
-            if count := len(speeds(batch, fused, other, "forward")):
-                told, between, *means = apart(batch, fused, other)
+            if count := len(speeds(layers, batch, fused, other, "forward")):
+                told, between, *means = apart(layers, batch, fused, other)
                 who = name if count == 12 else f"{name}, {count} shapes"
                 assert f"| {batch}, {fused} | {who} | {told} {between} | {' | '.join(means)} |" in KERNELS
                 rows += 1
     assert rows == sum(line.startswith(("| 256, ", "| 128, ", "| 32, ")) for line in KERNELS.splitlines())
-    assert f"kernels of before {apart(256, 'relu', 'torch')[0]} as fast as PyTorch (6 shapes)" in README
+    assert f"kernels of before {apart(layers, 256, 'relu', 'torch')[0]} as fast as PyTorch (6 shapes)" in README
 
 
 def test_kernels_on_a_gpu():

@@ -5,15 +5,30 @@ import math
 from functools import partial
 
 import pytest
-from figures import H100, H200, KERNELS, README, ROOT, lines, mean, norms
+from figures import (
+    APART,
+    H100,
+    H200,
+    KERNELS,
+    README,
+    ROOT,
+    apart,
+    gigabytes,
+    lines,
+    mean,
+    ran_cells,
+    speeds,
+    step_cells,
+)
 
 CARDS = {"H200": (H200, "flight2", "flight3"), "H100": (H100, "again", "again")}
 NAMES = {"flax.linen": "`flax.linen`", "jbn triton": "jbn, kernels, add + relu fused"}
 LAYERS = [(256, "relu"), (128, "relu"), (256, "add + relu"), (128, "add + relu"), (32, "relu")]
 RIVALS = {"flax.linen": "`flax.linen`", "jbn xla": "our own XLA"}
-APART = "forward", "backward"
 # of relu at batch 256: kernels' times, and our XLA's forward pass, which took longer than both passes in one program
-DISTURBED = {("H100", "flax.linen"), ("H100", "jbn xla"), ("H200", "jbn xla")}, "256×112×112×64", "relu"
+DISTURBED = {
+    (*who, "256×112×112×64", "relu") for who in (("H100", "flax.linen"), ("H100", "jbn xla"), ("H200", "jbn xla"))
+}
 both_cards = pytest.mark.parametrize("card", CARDS)
 
 
@@ -34,7 +49,7 @@ def test_training_step(card):
     flax, told = steps["flax.linen"], {}
     for name, step in steps.items():
         assert step["batch"] == 128
-        told[name] = f"{step['us'] / 1e3:.1f}", f"{step['images']:.0f}", f"{step['peak_bytes'] / 2**30:.2f}"
+        told[name] = step_cells(step)
         beside = f"{flax['us'] / step['us']:.2f}× | {step['peak_bytes'] / flax['peak_bytes']:.2f}×"
         assert f"| {card} | {NAMES[name]} | {' | '.join(told[name])} | {beside} |" in KERNELS
     ours, (ms, images, gib) = told["jbn triton"], told["flax.linen"]
@@ -48,63 +63,40 @@ def test_training_step(card):
 @both_cards
 def test_what_ran(card):
     """Milliseconds of a training step by what ran, and the bytes that our kernels cannot do without."""
-    ran = {(line["candidate"], line["kernel"]): line for line in of(card, "kernels")}
     for candidate, name in (("flax.linen", "`flax.linen`"), ("jbn triton", "jbn, kernels")):
-        ms = {kernel: line["us"] / 1e3 for (who, kernel), line in ran.items() if who == candidate}
-        ours = sum(value for kernel, value in ms.items() if kernel.startswith("jbn_"))
-        cells = [ms["cuDNN and cuBLAS"], ours, ms["XLA"], ms["copies and zeros"], sum(ms.values())]
-        assert f"| {card} | {name} | {' | '.join(f'{each:.2f}' if each else '–' for each in cells)} |" in KERNELS
-    # passes over x: 3 forward and 5 backward; with add + relu the residual is read twice more, and z̄ written
-    gigabytes = 2e-9 * sum(math.prod(shape) * (11 if fused == "add + relu" else 8) for shape, fused in norms())
-    assert f"{card}: {gigabytes:.1f} GB in {ours:.2f} ms, {gigabytes / ours:.1f} TB/s" in KERNELS
+        cells, ours = ran_cells(of(card, "kernels"), candidate)
+        assert f"| {card} | {name} | {cells} |" in KERNELS
+    # of the kernels', the last of the loop
+    assert f"{card}: {gigabytes():.1f} GB in {ours:.2f} ms, {gigabytes() / ours:.1f} TB/s" in KERNELS
 
 
-def speeds(card, batch, fused, other, *passes):
-    """The other's time over that of the kernels, for each shape of which both were measured."""
-    times = {
-        (line["candidate"], line["case"], line["pass"]): line["us"]
-        for line in of(card, "layer")
-        if (line["shape"][0], line["fused"]) == (batch, fused)
-    }
-    cards, shape, what = DISTURBED
-    left_out = shape if (card, other) in cards and fused == what else None
-    cases = [case for case in dict.fromkeys(case for _, case, _ in times) if case != left_out]
-    return [
-        sum(times[other, case, each] for each in passes) / sum(times["jbn triton", case, each] for each in passes)
-        for case in cases
-        if all((name, case, each) in times for name in (other, "jbn triton") for each in passes)
-    ]
-
-
-def apart(card, batch, fused, other):
-    """As written: geometric mean of forward and backward, the least and the most; either alone; in one program."""
-    both = speeds(card, batch, fused, other, *APART)
-    means = [f"{mean(speeds(card, batch, fused, other, each)):.2f}×" for each in (*APART, "both")]
-    return f"{mean(both):.2f}×", f"({min(both):.2f} to {max(both):.2f})", *means
+def layers(card, other):
+    """Lines of layers, to compare with another's; without what was disturbed."""
+    return [line for line in of(card, "layer") if (card, other, line["case"], line["fused"]) not in DISTURBED]
 
 
 @both_cards
 def test_layers(card):
     for batch, fused in LAYERS:
         for other, name in RIVALS.items():
-            told, between, *means = apart(card, batch, fused, other)
-            count = len(speeds(card, batch, fused, other, *APART))
+            told, between, *means = apart(layers(card, other), batch, fused, other)
+            count = len(speeds(layers(card, other), batch, fused, other, *APART))
             who = name if count == 12 else f"{name}, {count} shapes"
             assert f"| {card} | {batch}, {fused} | {who} | {told} {between} | {' | '.join(means)} |" in KERNELS
-    (flax, flax_range, *_), (xla, xla_range, *_) = (apart(card, 256, "relu", other) for other in RIVALS)
-    others = [apart(card, *each, "flax.linen")[0] for each in LAYERS[1:4]]
-    one = ", ".join(apart(card, *each, "flax.linen")[-1] for each in LAYERS[:4])
+    (flax, flax_range, *_), (xla, xla_range, *_) = (apart(layers(card, other), 256, "relu", other) for other in RIVALS)
+    others = [apart(layers(card, "flax.linen"), *each, "flax.linen")[0] for each in LAYERS[1:4]]
+    one = ", ".join(apart(layers(card, "flax.linen"), *each, "flax.linen")[-1] for each in LAYERS[:4])
     told = f"{flax} as fast as Flax {flax_range}, {xla} as our own XLA {xla_range}; "
     told += "at batch 128 {} as fast as Flax; with add + relu {} and {}. ".format(*others)
     assert f"{told}Both passes in one program, as in the step: {one}" in README
-    small = apart(card, 32, "relu", "flax.linen")[0]
+    small = apart(layers(card, "flax.linen"), 32, "relu", "flax.linen")[0]
     assert (f"At batch 32 {small}" if card == "H100" else f"on the H200 {small} |") in README
 
 
 def test_passes_of_layers():
     def passes(card, loss):
         (*_, forward, backward, _), (*_, xla_forward, xla_backward, _) = (
-            apart(card, 256, "relu", other) for other in RIVALS
+            apart(layers(card, other), 256, "relu", other) for other in RIVALS
         )
         told = f"{card}: forward {forward} as fast as Flax{loss}, {xla_forward} as our own XLA; "
         return told + f"backward {backward} as fast as Flax, {xla_backward} as our own XLA"
@@ -113,7 +105,9 @@ def test_passes_of_layers():
     ranges = []
     for card in CARDS:
         found = [
-            mean(speeds(card, batch, "relu", "flax.linen", *each)) for batch in (128, 256) for each in (APART, ["both"])
+            mean(speeds(layers(card, "flax.linen"), batch, "relu", "flax.linen", *each))
+            for batch in (128, 256)
+            for each in (APART, ["both"])
         ]
         ranges.append(f"{min(found):.2f} to {max(found):.2f}×")
     told = "On an H200 its kernels are {} as fast as Flax's batch norm with relu, on an H100 {} (batch 128 and 256)"
@@ -251,11 +245,11 @@ def test_beside_pytorch(card):
 @both_cards
 def test_rows_that_the_package_ships(card):
     """Of lines, and but for the first day's only of passes that the device and not the host was timed in."""
-    layers = {"2026-11-28": of(card, "layer")}
-    layers |= dict.fromkeys(("2026-11-26", "2026-11-27"), lines("flight2", "layer"))
+    measured = {"2026-11-28": of(card, "layer")}
+    measured |= dict.fromkeys(("2026-11-26", "2026-11-27"), lines("flight2", "layer"))
     found = {
         (date, *line["shape"], line["fused"], line["pass"], line["candidate"]): line
-        for date, each in layers.items()
+        for date, each in measured.items()
         for line in each
     }
     kind = of(card, "environment")[0]["card"].partition(",")[0]
