@@ -66,7 +66,7 @@ def moments(problem: Problem, processors: int, tiling: Tiling | None = None, cap
     view, mask = problem.view, problem.mask
     if _has_few_rows(problem):
         resident, unroll = 2, 2
-        tiling = tiling or _tiling(problem, processors, 4096, resident)._replace(splits=1)
+        tiling = tiling or _tiling(problem, processors, 4096, resident, alone=True)
     elif mask is None and view.inner == 1:  # the fastest on an H100 over all sizes, within 5 % of each size's own best
         # four tiles in flight are up to 14 % faster on an H200; for sm_100 Triton 3.6 needs too many registers for them
         resident, unroll = 4, 4 if problem.dtype != "float32" and capability == 90 else 2
@@ -117,22 +117,23 @@ def gradient_sums(
     Outputs: Σz̄, Σz̄x̂, z̄ (of the dtype `kept`, if any), scratch, scratch. `capability` as of `moments`.
     """
     view = problem.view
+    fused = problem.residual and problem.activation is not None
     several = 2 if problem.dtype == "float32" else 1  # seen in the binaries: what needs no spills
-    if problem.activation in LONG and (problem.residual or problem.mask is not None or view.inner > 1):
-        resident, elements, unroll = 2, 4096 // ITEMSIZE[problem.dtype], several  # one access a thread, of each tensor
-    elif problem.residual and problem.activation:
+    # for sm_100 Triton 3.9 spills a long activation by tiles of 4096
+    if problem.activation in LONG and (fused or problem.mask is not None or view.inner > 1 or capability >= 100):
+        resident, elements = 2, 4096 // ITEMSIZE[problem.dtype]  # one access a thread, of each tensor
+        unroll = several if fused or problem.mask is not None or capability < 90 else 2
+    elif fused:
         resident, elements, unroll = 2, 2048, several
-        if capability >= 90 and problem.activation == "relu" and _is_plain(problem):
+        if capability >= 90 and problem.activation == "relu" and _is_plain(problem) and kept != "float32":
             elements = 4096  # an H200 is 4 to 18 % faster, an H100 up to 6; sm_80 has too few registers, or spills
     elif problem.mask is None and view.inner == 1:
         resident, elements, unroll = 2, 4096, 2  # up to 14 % faster on an H100 than less
-        if _has_few_rows(problem):
-            tiling = tiling or _tiling(problem, processors, elements, resident)._replace(splits=1)
     else:
         # as many bytes in flight, whatever the dtype
         resident = 2 if problem.activation or problem.mask else 3
         elements, unroll = 2048, 1 if problem.dtype == "float32" else 2
-    tiling = tiling or _tiling(problem, processors, elements, resident)
+    tiling = tiling or _tiling(problem, processors, elements, resident, alone=not fused and _has_few_rows(problem))
     vector = Output((view.batch, view.channels), "float32")
     outputs = (vector, vector, Output(tuple(view), kept) if kept else ABSENT, *_scratch(view, tiling, 2))
     numbers = (*_numbers(view, tiling), *_mask_numbers(problem.mask))
@@ -154,8 +155,8 @@ def gradient_input(
     if view.inner == 1 and problem.mask is None:
         resident, tiling = 4, tiling or stream(view, ITEMSIZE[problem.dtype])
     else:
-        long = problem.activation in LONG
-        resident = 2 if long or (problem.residual and problem.activation) else 3
+        long, fused = problem.activation in LONG, problem.residual and problem.activation is not None
+        resident = 2 if fused or (long and (problem.mask is not None or view.inner % 8)) else 3
         elements = 4096 // ITEMSIZE[problem.dtype] if long else 2048
         tiling = tiling or _tiling(problem, processors, elements, resident)
     numbers = (float(problem.count), *_numbers(view, tiling), *_mask_numbers(problem.mask))
@@ -171,9 +172,13 @@ def gradient_input(
     return Launch(jbn_gradient_input, tiling, tiling.programs(view), resident, numbers, outputs, constants)
 
 
-def _tiling(problem: Problem, processors: int, elements: int, resident: int, **options: Any) -> Tiling:
+def _tiling(
+    problem: Problem, processors: int, elements: int, resident: int, alone: bool = False, **options: Any
+) -> Tiling:
+    """`choose` for a reduction; `alone`: one program for a block of channels."""
     rows = problem.mask is not None and problem.mask.kind == "rows"
-    return choose(problem.view, ITEMSIZE[problem.dtype], processors, elements, resident, rows, **options)
+    tiling = choose(problem.view, ITEMSIZE[problem.dtype], processors, elements, resident, rows, **options)
+    return tiling._replace(splits=1) if alone else tiling
 
 
 def _numbers(view: View, tiling: Tiling) -> tuple[int, ...]:

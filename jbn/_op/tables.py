@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from jbn._op.plan import Plan, is_symbolic
 
-VERSION = 1  # of the files; raised also where kernels change, as old rows say nothing of new ones
+VERSION = 1  # of the files; raised also where kernels become slower, as old rows would mislead
 PACKAGED = Path(__file__).parent / "measured"
 AHEAD = 0.98  # of XLA's time: what kernels took less than, to have won; a smaller lead may be noise
 

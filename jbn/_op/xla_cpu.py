@@ -14,7 +14,7 @@ from jax import lax
 from jbn._op import xla
 from jbn._op.plan import Coefficients, Plan, compute_dtype, row_count, rows
 
-LITTLE = 2**15  # elements of a batch that are reduced as they are: more loops cost more than they save
+LITTLE = 2**15  # elements that are reduced as they are: more loops cost more than they save
 FEW = 2**8  # rows whose moments are taken about one of them
 FEW_UNIT = 2.0**-5  # `UNIT` of so many: a distance may be twice as far as from the mean
 # The axes before the channels are cut into equal parts, of the first number here that divides them. A loop over more
@@ -75,7 +75,7 @@ def gradient_sums(plan: Plan, x, coef: Coefficients, residual, mask, dy):
     parts = _parts(plan, x, PARTS if plan.activation else _plain(x))
     if mask is not None or parts is None:
         # of little x, what both passes compute is kept
-        above = jnp.greater if _is_little(plan, x) else jnp.greater_equal
+        above = jnp.greater if x.size <= LITTLE else jnp.greater_equal
         return xla.gradient_sums(plan, x, coef, residual, mask, dy, above)
     axes = _within(plan, x)
     x, residual, dy = (None if v is None else _cut(plan, v, parts) for v in (x, residual, dy))
@@ -97,13 +97,9 @@ def _plain(x) -> Iterable[int]:
     return PLAIN_PARTS if x.dtype.itemsize > 2 else HALF_PARTS
 
 
-def _is_little(plan: Plan, x) -> bool:
-    return row_count(plan, x) * x.shape[plan.channel] <= LITTLE
-
-
 def _parts(plan: Plan, x, numbers: Iterable[int]) -> int | None:
     """How many parts rows are cut into, if that can be and is worth it."""
-    if _is_little(plan, x):
+    if x.size <= LITTLE:
         return None
     before = math.prod(x.shape[plan.batch : plan.channel])
     return next((n for n in numbers if before % n == 0), None)

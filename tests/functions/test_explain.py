@@ -99,11 +99,16 @@ def test_registers_decide_on_tiles(triton):
     assert elements == [4096, 2048, 4096]  # the last is of an H100, which is assumed
 
 
-@pytest.mark.parametrize("rows, channels, programs", [(32 * 49, 2048, 64), (32 * 49, 512, 64), (4096, 1024, 352)])
-def test_few_rows_of_many_channels_have_a_program_each(triton, rows, channels, programs):
+@pytest.mark.parametrize(
+    "rows, channels, forward, backward",
+    [(32 * 49, 2048, 64, 64), (32 * 49, 512, 64, 64), (2048, 1024, 32, 32), (4096, 1024, 352, 256)],
+)
+def test_few_rows_of_many_channels_have_a_program_each(triton, rows, channels, forward, backward):
     x = jax.ShapeDtypeStruct((rows, channels), jnp.bfloat16)
-    told = jbn.explain(x, device="NVIDIA H200", implementation="triton")
-    assert told.launches["forward"][0].programs == programs
+    told = jbn.explain(x, device="NVIDIA H200", implementation="triton", activation="relu")
+    assert told.launches["forward"][0].programs == forward
+    assert told.launches["backward"][0].programs == backward
+    assert "inference: 1 launch, " in str(told)
 
 
 def test_forecast_with_triton_alone():

@@ -21,13 +21,14 @@ import jax.numpy as jnp
 import kept
 
 from experiments.benchmarks import binaries
-from experiments.benchmarks.binaries import DTYPES, REGISTERS, VIEWS, representative, widths
-from experiments.benchmarks.in_flight import FLIGHT, holds, in_flight
+from experiments.benchmarks.binaries import DTYPES, REGISTERS, VECTORS, VIEWS, representative, widths
+from experiments.benchmarks.in_flight import FLIGHT, PROCESSORS, holds, in_flight
 from experiments.framework.lines import read
 from experiments.framework.record import Options, Results
 from experiments.material import models
+from jbn.kernels import launches
 from jbn.kernels.binaries import TARGETS, Binary, compile_launch, name_of
-from jbn.kernels.launches import ITEMSIZE
+from jbn.kernels.launches import ITEMSIZE, Problem
 from jbn.kernels.tiling import Tiling, View
 from jbn.linen import BatchNorm
 
@@ -106,6 +107,36 @@ def test_the_longest_activations(target):
         check(layout, "float32", name, launch, binaries.compile_launch(launch, arrays, target))
 
 
+FEW = View(1, 32 * 7 * 7, 2048, 1)  # one program for a block of channels
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_long_activations_without_a_residual(target):
+    """Each had spilled for sm_100, or had half as much in flight."""
+    for layout, view, dtype, activation, kind in (
+        ("last", VIEWS["last"], "float32", "tanh", "sums"),
+        ("few", FEW, "bfloat16", "gelu", "sums"),
+        ("first", VIEWS["first"], "bfloat16", "mish", "sums"),
+        ("first", VIEWS["first"], "bfloat16", "mish", "input"),
+    ):
+        problem = Problem(view, dtype, view.rows, activation=activation)
+        if kind == "sums":
+            launch = launches.gradient_sums(problem, None, PROCESSORS, capability=int(target[3:]))
+            arrays = dtype, *VECTORS, dtype, "bool", dtype
+        else:
+            launch = launches.gradient_input(problem, dtype, None, PROCESSORS)
+            arrays = dtype, *VECTORS, "float32", dtype, "bool", dtype, "float32", "float32"
+        check(layout, dtype, kind, launch, binaries.compile_launch(launch, arrays, target))
+
+
+def test_a_wider_residual_fits():
+    """z̄ in float32 beside 16 bits: by whole tiles a multiprocessor would hold half of the programs counted on."""
+    problem = Problem(VIEWS["last"], "bfloat16", VIEWS["last"].rows, residual=True, activation="relu")
+    launch = launches.gradient_sums(problem, "float32", PROCESSORS, capability=90)
+    arrays = "bfloat16", *VECTORS, "float32", "bool", "bfloat16"
+    check("last", "bfloat16", "sums", launch, binaries.compile_launch(launch, arrays, "sm_90"))
+
+
 @pytest.mark.parametrize("view", [View(1, 2**22, 1024, 1), View(1, 2**10, 1024, 2**12)], ids=["last", "first"])
 def test_beyond_32_bits(view):
     """x of 2³² elements: offsets have 64 bits, and what is checked above holds."""
@@ -159,10 +190,10 @@ def test_the_command_shows_every_binary(tmp_path):
 
 
 def test_names_tell_binaries_apart():
-    launches = representative(VIEWS["last"], "bfloat16")
-    launch, arrays = launches["moments"]
+    known = representative(VIEWS["last"], "bfloat16")
+    launch, arrays = known["moments"]
     numbers = {"numbers": (2**31, *launch.numbers[1:])}
-    changes = {}, numbers, {"constants": launch.constants | {"UNROLL": 3}}, {"kernel": launches["apply"][0].kernel}
+    changes = {}, numbers, {"constants": launch.constants | {"UNROLL": 3}}, {"kernel": known["apply"][0].kernel}
     names = {name_of(launch._replace(**change), arrays, "sm_90") for change in changes}
     names |= {name_of(launch, arrays, "sm_80"), name_of(launch, ("float32", "bool"), "sm_90")}
     assert len(names) == 6

@@ -153,7 +153,7 @@ def test_layers_on_a_gpu():
                 assert f"| {batch}, {fused} | {who} | {told} {between} | {' | '.join(means)} |" in KERNELS
                 rows += 1
     assert rows == sum(line.startswith(("| 256, ", "| 128, ", "| 32, ")) for line in KERNELS.splitlines())
-    assert f"kernels of before {apart(layers, 256, 'relu', 'torch')[0]} as fast as PyTorch (6 shapes)" in README
+    assert f"Kernels of before: {apart(layers, 256, 'relu', 'torch')[0]} as fast as PyTorch (6 shapes)" in README
 
 
 def test_kernels_on_a_gpu():
