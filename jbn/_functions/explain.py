@@ -51,7 +51,9 @@ class Explanation(NamedTuple):
     def _told(self, name: str) -> list[str]:
         """The lines of a pass."""
         launches, floor = self.launches.get(name, ()), self.floor[name]
-        line = f"{name}: {len(launches) or 'XLA’s own'} launch{'es' * (len(launches) != 1)}, floor {in_megabytes(floor)}"
+        line = (
+            f"{name}: {len(launches) or 'XLA’s own'} launch{'es' * (len(launches) != 1)}, floor {in_megabytes(floor)}"
+        )
         if self.gpu is not None and self.gpu.bandwidth is not None:
             line += f" ({1e6 * floor / self.gpu.bandwidth:.1f} µs at that bandwidth)"
         if launches and floor:

@@ -228,8 +228,9 @@ def test_parts_are_cut_at_their_limits_and_lose_nothing(tmp_path):
         Part("absent", ["no-such-tool"], 50),
     )
     assert not well
-    ended = {line["part"]: line["ended"] for line in read([tmp_path / "found.jsonl"])}
-    assert ended == {
+    found = {line["part"]: line for line in read([tmp_path / "found.jsonl"])}
+    assert found["quick"]["last"] == "3"
+    assert {name: line["ended"] for name, line in found.items()} == {
         "slow": "cut",
         "quick": "status 0",
         "bad": "status 1",

@@ -60,8 +60,9 @@ class Parts:
             file.flush()
             ended = run(part, file, limit)
         seconds = round(time.monotonic() - started, 1)
-        self.lines("part", part=part.name, ended=ended, seconds=seconds)
         tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-12:]
+        last = next(line for line in reversed(tail) if line.strip())  # what sanitizers and tests found
+        self.lines("part", part=part.name, ended=ended, seconds=seconds, last=last)
         print("\n".join([*tail, f"== {part.name}: {ended} after {seconds} s"]), flush=True)
         if ended == "status 0":
             well.append(part.name)

@@ -41,7 +41,9 @@ def machine(found: list[Line]) -> Iterator[str]:
         packages = " ".join(f"{name} {version}" for name, version in line["packages"].items() if version)
         yield f"run {line['flight']} on {line['card']}, {line['cores']} cores; {packages}"
     for line in of(found, "part"):
-        yield f"  {line['part']:18} {line['ended']}, {line['seconds']} s"
+        took = f"{line['seconds']} s" if "seconds" in line else None
+        told = [each for each in (line.get("ended"), took, line.get("last")) if each]
+        yield f"  {line['part']:18} {', '.join(told)}"
 
 
 def copies(found: list[Line]) -> Iterator[str]:
