@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple, TypeGuard
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.export import register_namedtuple_serialization
 from jax.typing import ArrayLike
 
 from jbn._functions.checks import FLOATS, check_axis, check_input, check_mask
@@ -32,6 +33,7 @@ Kind = Literal["standardize", "min_max", "mean_normalize"]
 KINDS = ("standardize", "min_max", "mean_normalize")
 
 
+@partial(register_namedtuple_serialization, serialized_name="jbn.scaling.Affine")  # in programs that are exported
 class Affine(NamedTuple):
     """The map y = (x − offset) / scale of each feature; `(C,)` each, in units of x.
 
@@ -190,6 +192,8 @@ def _summarize(x, mask, axis) -> _Summary:
 
 @jax.jit
 def _merged(a: _Summary, b: _Summary) -> _Summary:
+    dtype = max(a.low.dtype, b.low.dtype, key=lambda dtype: dtype.itemsize)
+    a, b = _as_of(a, dtype), _as_of(b, dtype)
     exponent = jnp.maximum(a.exponent, b.exponent)
 
     def of(part: _Summary) -> Moments:
@@ -199,6 +203,13 @@ def _merged(a: _Summary, b: _Summary) -> _Summary:
         return Moments(count, mean * ratio, m2 * ratio * ratio)
 
     return _Summary(exponent, merge(of(a), of(b)), jnp.minimum(a.low, b.low), jnp.maximum(a.high, b.high))
+
+
+def _as_of(part: _Summary, dtype) -> _Summary:
+    """The summary of data of a wider dtype."""
+    exponent = part.exponent.astype(f"int{jnp.finfo(dtype).bits}")
+    moments, low, high = jax.tree.map(lambda value: value.astype(dtype), part[1:])
+    return _Summary(exponent, moments, low, high)
 
 
 @partial(one_program, static_argnums=0)

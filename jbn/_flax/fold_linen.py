@@ -12,6 +12,7 @@ from flax.core import unfreeze
 from jax.experimental.xla_metadata import set_xla_metadata
 
 from jbn._flax import fold_shared
+from jbn._flax.check_model import check_model
 from jbn._flax.fold_marks import Call, Marks
 from jbn._flax.fold_pairs import Pair
 from jbn._flax.fold_trace import foldable
@@ -69,10 +70,17 @@ def fold(model: nn.Module, variables: Any, *args: Any, **call: Any) -> Folded:
       `Folded`. Its `apply` takes the arguments of `model.apply`; call it as the model was traced here.
 
     Raises:
-      ValueError: from `apply`, if a folded batch norm is to run in training mode.
+      TypeError: `model` is no linen module.
+      ValueError: `variables` has no collections; from `apply`, if a folded batch norm is to run in training mode.
 
     Source: Jacob et al. (2018), section 3.2 (https://arxiv.org/abs/1712.05877).
     """
+    check_model(model, nn.Module, "a flax.linen module", "call jbn.nnx.fold(model, x)")
+    if {"params", STATS}.isdisjoint(variables):
+        raise ValueError(
+            f"variables has the entries {', '.join(variables) or '(none)'}, expected 'params' and "
+            f"'{STATS}': give all that model.init returned"
+        )
     plain = unfreeze(nn.meta.unbox(variables))
     marks, norms, axes, dtypes = Marks(), {}, {}, {}
 

@@ -8,6 +8,7 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
 from jbn._flax import fold_shared
+from jbn._flax.check_model import check_model
 from jbn._flax.fold_marks import Call, Marks
 from jbn._flax.fold_pairs import Pair
 from jbn._flax.fold_trace import foldable
@@ -81,8 +82,12 @@ def fold(model: nnx.Module, *args: Any, method: str = "__call__", **call: Any) -
     Returns:
       `Folded`. Call its model as the model was traced here.
 
+    Raises:
+      TypeError: `model` is no nnx module.
+
     Source: Jacob et al. (2018), section 3.2 (https://arxiv.org/abs/1712.05877).
     """
+    check_model(model, nnx.Module, "an nnx.Module", "call jbn.linen.fold(model, variables, x)")
     graphdef, state = nnx.split(model)
     marks = Marks()
     dtypes: dict[str, Any] = {}

@@ -11,6 +11,7 @@ import jax
 from flax.core import DenyList, copy, unfreeze
 
 from jbn._flax import recalibrate_shared
+from jbn._flax.check_model import check_model
 from jbn._flax.nested import STATS, Path, at, put
 from jbn._functions.batch_norm import BNState
 from jbn._functions.moments import merge
@@ -56,12 +57,14 @@ def recalibrate(
       A copy of `variables` with new `batch_stats`; a channel of which nothing was seen keeps its statistics.
 
     Raises:
+      TypeError: `model` is no linen module.
       ValueError: no batch at all, fewer than expected, or no batch norm in training mode; named with the remedy.
 
     Source: Ioffe, Szegedy (2015), Batch Normalization, algorithm 2 (https://arxiv.org/abs/1502.03167); pooled by
     count rather than averaged over batches, as Wu, Johnson (2021), Rethinking "Batch" in BatchNorm, section 3
     (https://arxiv.org/abs/2105.07576).
     """
+    check_model(model, nn.Module, "a flax.linen module", "call jbn.nnx.recalibrate(model, batches)")
     stats = unfreeze(variables).get(STATS, {})
     unbiased: dict[Path, bool] = {}
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jbn._flax import recalibrate_shared
+from jbn._flax.check_model import check_model
 from jbn._functions.batch_norm import BNState
 from jbn._functions.moments import Moments, merge
 
@@ -51,12 +52,14 @@ def recalibrate(
     channel of which nothing was seen keeps its statistics, and after an error so do all.
 
     Raises:
+      TypeError: `model` is no nnx module.
       ValueError: no batch at all, fewer than expected, or no batch norm in training mode; named with the remedy.
 
     Source: Ioffe, Szegedy (2015), Batch Normalization, algorithm 2 (https://arxiv.org/abs/1502.03167); pooled by
     count rather than averaged over batches, as Wu, Johnson (2021), Rethinking "Batch" in BatchNorm, section 3
     (https://arxiv.org/abs/2105.07576).
     """
+    check_model(model, nnx.Module, "an nnx.Module", "call jbn.linen.recalibrate(model, variables, batches)")
     graphdef, streams, rest = nnx.split(model, nnx.RngState, ...)
     trained = _Trained()
 

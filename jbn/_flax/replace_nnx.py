@@ -5,17 +5,14 @@ from typing import Any
 
 from flax import nnx
 
+from jbn._flax.check_model import check_model
 from jbn._flax.replace_shared import Replaced, check_options, left
 
 
 def replace(model: nnx.Module, ours: type[nnx.BatchNorm], options: dict[str, Any]) -> Replaced:
     """As `jbn.nnx.replace`; `ours` is the class that layers get."""
     check_options("replace", options)
-    if not isinstance(model, nnx.Module):
-        raise TypeError(
-            f"model is a {type(model).__name__}, expected an nnx.Module: give the model itself; for a linen model "
-            "enter jbn.linen.replacing()"
-        )
+    check_model(model, nnx.Module, "an nnx.Module", "enter jbn.linen.replacing()")
     nodes = {".".join(map(str, path)): node for path, node in nnx.iter_graph(model)}  # each once
     norms = {path: node for path, node in nodes.items() if isinstance(node, nnx.BatchNorm)}
     if not norms:

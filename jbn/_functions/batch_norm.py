@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.export import register_namedtuple_serialization
 from jax.typing import ArrayLike, DTypeLike
 
 from jbn._functions import checks
@@ -17,7 +18,7 @@ from jbn._functions.renorm import Renorm, check_renorm, corrected
 from jbn._functions.virtual import Virtual, check_virtual, each
 from jbn._op.merging import Statistics, pool_along
 from jbn._op.normalize import Running, Terms, normalize_eval, normalize_train
-from jbn._op.partition import beside
+from jbn._op.partition import beside, like
 from jbn._op.pieces import synchronise
 from jbn._op.plan import Options, Plan, compute_dtype, row_count, where
 from jbn._op.sync import Sync, splittable
@@ -30,6 +31,7 @@ Implementation = Literal["xla", "triton"]
 _TINY = float(jnp.finfo(jnp.float32).tiny)  # what is less may be 0 to a device
 
 
+@partial(register_namedtuple_serialization, serialized_name="jbn.BNParams")  # in programs that are exported
 class BNParams(NamedTuple):
     """Learned parameters.
 
@@ -42,6 +44,7 @@ class BNParams(NamedTuple):
     bias: jax.Array | None
 
 
+@partial(register_namedtuple_serialization, serialized_name="jbn.BNState")  # in programs that are exported
 class BNState(NamedTuple):
     """Running statistics, `(C,)` each: exponential averages of the batches' mean and variance."""
 
@@ -238,6 +241,7 @@ def _prepare(params, state, x, axis, epsilon, residual, activation, dtype, imple
 @partial(one_program, static_argnums=0)
 def _train(fixed: _Training, params, state, x, epsilon, residual, mask, momentum, rest, renorm):
     plan, sync, virtual, unbiased, mixes = fixed
+    residual, mask = like(residual, x), like(mask, x)
     terms = _terms(plan, params, x, epsilon, residual)
     state = jax.tree.map(lax.stop_gradient, state)
     running = _running(plan, state, x)

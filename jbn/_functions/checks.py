@@ -1,5 +1,6 @@
 """What arguments may be: every error names the argument, what came, and what to do."""
 
+import contextlib
 import math
 import operator
 from collections.abc import Callable, Hashable, Sequence
@@ -25,7 +26,7 @@ def check_input(x) -> jax.Array:
         if jnp.issubdtype(dtype, jnp.complexfloating):
             remedy = "normalise real and imaginary parts apart, or use jbn.linen/jbn.nnx, which leave it to Flax"
         raise TypeError(f"x has dtype {dtype.name}, expected one of {', '.join(FLOATS)}: {remedy}")
-    x = _array(x)
+    x = _array("x", x)
     _check_rank(x)
     return x
 
@@ -56,7 +57,7 @@ def check_mask(mask, x):
     """The mask as a bool array of x's rank, or None."""
     if mask is None:
         return None
-    mask = _array(_typed("mask", mask))
+    mask = _array("mask", _typed("mask", mask))
     if mask.dtype != bool:
         raise TypeError(f"mask has dtype {mask.dtype.name}, expected bool: convert it, e.g. mask.astype(bool)")
     if mask.ndim != x.ndim:
@@ -79,7 +80,7 @@ def check_residual(residual, x):
     dtype = _dtype(residual)
     if dtype.name not in FLOATS:
         raise TypeError(f"residual has dtype {dtype.name}, expected one of {', '.join(FLOATS)}: cast it")
-    residual = _array(residual)
+    residual = _array("residual", residual)
     if residual.shape != x.shape:
         raise ValueError(f"residual has shape {residual.shape}, expected x's shape {x.shape}: broadcast it first")
     return residual
@@ -106,7 +107,7 @@ def check_vectors(name: str, value, kind: type, channels: int, x, axis):
                 f"{name}.{field} has shape {jnp.shape(vector)}, expected ({channels},) for x of shape {x.shape} with "
                 f"axis={axis}: make it with jbn.bn_init({channels}), or give the axis of the channels"
             )
-        vectors.append(_array(vector))
+        vectors.append(_array(f"{name}.{field}", vector))
     return kind(*vectors)
 
 
@@ -254,8 +255,19 @@ def _integer(value) -> int:
 
 
 def _typed(name: str, value):
-    """`value` if it has a dtype, else an array of the numbers that it lists."""
+    """`value` if it has a dtype that JAX knows, else an array of the numbers that it lists or holds."""
+    if isinstance(value, jax.Array):
+        return value
     if hasattr(value, "dtype"):
+        with contextlib.suppress(TypeError):
+            jnp.result_type(value)
+            return value
+    return _array(name, value)
+
+
+def _array(name: str, value) -> jax.Array:
+    """`jnp.asarray`, which takes its time where there is nothing to do."""
+    if isinstance(value, jax.Array):
         return value
     try:
         return jnp.asarray(value)
@@ -264,11 +276,6 @@ def _typed(name: str, value):
             f"{name} is a {type(value).__name__} that makes no array, expected numbers in lists of one length, or an "
             "array: give e.g. jnp.zeros((8, 3))"
         ) from None
-
-
-def _array(value) -> jax.Array:
-    """`jnp.asarray`, which takes its time where there is nothing to do."""
-    return value if isinstance(value, jax.Array) else jnp.asarray(value)
 
 
 def _dtype(value) -> jnp.dtype:

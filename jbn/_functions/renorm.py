@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.export import register_namedtuple_serialization
 
 from jbn._functions.checks import check_between
 from jbn._op.normalize import Running, Terms
@@ -14,6 +16,7 @@ from jbn._op.pieces import local_moments, synchronise
 from jbn._op.plan import Plan, where
 
 
+@partial(register_namedtuple_serialization, serialized_name="jbn.Renorm")  # in programs that are exported
 class Renorm(NamedTuple):
     """Batch renormalization, for `bn_train(…, renorm=Renorm(r_max, d_max))`; numbers, or traced scalars of a schedule.
 

@@ -6,11 +6,13 @@ LeVeque 1979, eq. 2.1).
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.export import register_namedtuple_serialization
 
 from jbn._op.plan import where
 from jbn._op.sync import Sync, add_across, gather, members_along, to_members
@@ -19,6 +21,7 @@ Part = TypeVar("Part")
 GATHER_LIMIT = 2**20  # bytes that one gather may bring to a device; beyond, two sums of constant size are cheaper
 
 
+@partial(register_namedtuple_serialization, serialized_name="jbn.Moments")  # in programs that are exported
 class Moments(NamedTuple):
     """Moments of each channel.
 

@@ -101,6 +101,16 @@ def beside(vector: jax.Array, x: jax.Array, channel: int) -> jax.Array:
     return jax.reshard(vector, NamedSharding(split.mesh, P(wanted)))
 
 
+def like(value: jax.Array | None, x: jax.Array) -> jax.Array | None:
+    """A mask or a residual; over an explicit mesh it is resharded as x is, along the axes that it varies along."""
+    sharding = jax.typeof(x).sharding
+    if value is None or not is_explicit(sharding):
+        return value
+    spec = full(sharding.spec, x.ndim)
+    own = P(*(s if n == m else None for s, n, m in zip(spec, value.shape, x.shape, strict=True)))
+    return jax.reshard(value, NamedSharding(sharding.mesh, own))
+
+
 def full(spec, ndim: int) -> tuple:
     """A spec with an entry for each axis."""
     return (*spec, *(None,) * (ndim - len(spec)))

@@ -129,7 +129,8 @@ def _batch(prim: Primitive, made: _Definition, name, size: int, flat, dims, *, t
         out = prim.bind(*flat, tree=tree, plan=plan)
         return out, [None] * len(out)
     flat = [_to_front(v, d, size) for v, d in zip(flat, dims, strict=True)]
-    out = prim.bind(*flat, tree=tree, plan=plan.batched(name))
+    # `spmd_axis_name` of a mesh axis: what is batched varies over it
+    out = prim.bind(*_vary_alike(flat), tree=tree, plan=plan.batched(name))
     if made.shared and name in plan.sync.names and plan.sync.groups is None:
         return [value[0] for value in out], [None] * len(out)
     return out, [0] * len(out)

@@ -41,6 +41,7 @@ def gather(value: jax.Array, sync: Sync) -> jax.Array:
     """The values of all members, stacked along a new first axis; the same for each member, as far as JAX can tell."""
     manual = tuple(name for name in sync.names if name in jax.sharding.get_abstract_mesh().manual_axes)
     value = vary(value, manual)
+    _check_mappings(sync, value)
     if sync.groups is not None:
         (name,) = sync.names
         if manual:
@@ -71,8 +72,21 @@ def add_across(values: tuple[jax.Array, ...], sync: Sync) -> tuple[jax.Array, ..
     elif sync.names:
         flat = tuple(n for name in sync.names for n in (name if isinstance(name, tuple) else (name,)))
         manual = jax.sharding.get_abstract_mesh().manual_axes
-        stacked = lax.psum(vary(stacked, [name for name in flat if name in manual]), flat)
+        stacked = vary(stacked, [name for name in flat if name in manual])
+        _check_mappings(sync, stacked)
+        stacked = lax.psum(stacked, flat)
     return tuple(stacked)
+
+
+def _check_mappings(sync: Sync, value: jax.Array) -> None:
+    """Raises where JAX has no collective: over a vmapped axis, under the checks of `shard_map`."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    vmapped = [name for name in sync.names if not isinstance(name, tuple) and name not in manual]
+    if vmapped and varying(value):
+        raise ValueError(
+            f"axis_name has {vmapped[0]!r}, which vmap binds, in a shard_map, whose checks know no collective over it: "
+            "give shard_map(…, check_vma=False), or make that axis one of x's rows and leave the name out"
+        )
 
 
 def vary(value: jax.Array, names: Iterable[Any]) -> jax.Array:

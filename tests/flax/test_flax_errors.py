@@ -154,6 +154,24 @@ def test_recalibrate_with_labels():
     assert jbn.linen.recalibrate(Model(), variables, [X], method="logits")
 
 
+def test_a_model_of_the_other_kind():
+    theirs, other = nn.Dense(3), nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    variables = theirs.init(jax.random.key(0), X)
+    for call, remedy in (
+        (lambda: jbn.linen.fold(other, variables, X), r"a flax\.linen module: .* call jbn\.nnx\.fold"),
+        (lambda: jbn.nnx.fold(theirs, X), r"an nnx\.Module: .* call jbn\.linen\.fold"),
+        (lambda: jbn.linen.recalibrate(other, variables, [X]), r"a flax\.linen module: .* call jbn\.nnx\.recalibrate"),
+        (lambda: jbn.nnx.recalibrate(theirs, [X]), r"an nnx\.Module: .* call jbn\.linen\.recalibrate"),
+        (lambda: jbn.nnx.replace(theirs), r"an nnx\.Module: .* enter jbn\.linen\.replacing"),
+    ):
+        with pytest.raises(TypeError, match=rf"model is a (Dense|Linear), expected {remedy}"):
+            call()
+    with pytest.raises(
+        ValueError, match=r"variables has the entries kernel, bias, .* give all that model\.init returned"
+    ):
+        jbn.linen.fold(theirs, variables["params"], X)
+
+
 def test_nan_in_padding_before_another_layer():
     """The layer's own gradients are finite; those of a kernel before it once padding is, and they are the same then."""
     mask = np.arange(16)[None, :, None] < np.arange(1, 11)[:, None, None]

@@ -52,6 +52,10 @@ BOTH = [  # keyword arguments, then what the message must hold: the argument, wh
     (dict(x=[[1.0], [1.0, 2.0]]), "x", "list", "of one length"),
     (dict(params=PARAMS._replace(scale=[[1.0], []])), r"params\.scale", "list", "of one length"),
     (dict(residual="abc"), "residual", "str", "array"),
+    (dict(x=np.array([[None]])), "x", "ndarray", "array"),
+    (dict(x=jax.ShapeDtypeStruct((6, 4, 3), "f4")), "x", "ShapeDtypeStruct", "array"),
+    (dict(residual=jax.ShapeDtypeStruct((6, 4, 3), "f4")), "residual", "ShapeDtypeStruct", "array"),
+    (dict(state=STATE._replace(var=jax.ShapeDtypeStruct((3,), "f4"))), r"state\.var", "ShapeDtypeStruct", "array"),
 ]
 
 TRAIN = [
@@ -102,6 +106,20 @@ def raises(call, *patterns):
 def arguments(bad):
     args = dict(params=PARAMS, state=STATE, x=X) | bad
     return (args.pop(k) for k in ("params", "state", "x")), args
+
+
+class Foreign:
+    """An array of another library, with a dtype of its own."""
+
+    dtype, shape, ndim = "torch.float32", X.shape, X.ndim
+
+    def __array__(self, dtype=None, copy=None):
+        return X
+
+
+def test_arrays_of_other_libraries_are_arrays():
+    got, want = (jbn.bn_train(PARAMS, STATE, x) for x in (Foreign(), X))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 @pytest.mark.parametrize("bad, name, came, remedy", BOTH + TRAIN, ids=name_of)

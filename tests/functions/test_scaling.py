@@ -194,6 +194,21 @@ def test_dtypes(dtype):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_batches_of_several_dtypes(kind):
+    """As of the widest; of units that a float32's squares do not hold, too."""
+    x = data() * np.float32(1e25)
+    with jax.enable_x64(True):
+        for parts in ([x[:7], x[7:].astype("f8")], [x[:7].astype("f8"), x[7:]]):
+            affine = scaling.fit(kind, parts)
+            assert affine.scale.dtype == affine.offset.dtype == np.float64
+            check(affine, expected(kind, x))
+    check(
+        scaling.fit(kind, [data()[:7].astype("f2"), data()[7:]]),
+        expected(kind, np.r_[data()[:7].astype("f2"), data()[7:]]),
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_sharded(kind, devices):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = NamedSharding(mesh, P("data"))

@@ -1,6 +1,7 @@
 """jax.export for every platform from this host, its bytes, and the same values where they can run here."""
 
 import re
+from functools import partial
 
 import jax
 import numpy as np
@@ -9,6 +10,9 @@ from cases import PROBLEMS, draw, evaluate, loss, train
 from jax import export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+import jbn
+from jbn import scaling
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -29,13 +33,27 @@ FUNCTIONS = {name: (f, args) for name, f, args in exported_functions()}
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_round_trip(name):
     function, args = FUNCTIONS[name]
-    leaves, tree = jax.tree.flatten(args)  # plain arrays: a NamedTuple would have to be registered to serialise
-    f = jax.jit(lambda *leaves: jax.tree.leaves(function(*jax.tree.unflatten(tree, leaves))))
-    exported = export.export(f, platforms=("cpu", "cuda", "tpu"))(*leaves)
+    f = jax.jit(function)
+    exported = export.export(f, platforms=("cpu", "cuda", "tpu"))(*args)
     assert exported.platforms == ("cpu", "cuda", "tpu")
     again = export.deserialize(exported.serialize())
-    for got, want in zip(again.call(*leaves), f(*leaves), strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    got, want = again.call(*args), f(*args)
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), got, want)
+
+
+def test_every_tuple_of_ours_goes_along():
+    def f(renorm, x):
+        params, state = jbn.bn_init(3)
+        y, new = jbn.bn_train(params, state, x, renorm=renorm)
+        return params, new, jbn.moments(y), scaling.fit("min_max", y), renorm
+
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+    args = jbn.Renorm(np.float32(2), np.float32(1)), x
+    again = export.deserialize(export.export(jax.jit(f))(*args).serialize())
+    assert [type(value) for value in again.call(*args)] == [
+        jbn.BNParams, jbn.BNState, jbn.Moments, scaling.Affine, jbn.Renorm,
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu", "rocm"])

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import re
+from functools import partial
 
 import jax
 import numpy as np
@@ -152,6 +153,37 @@ def test_vmap_within_shard_map(devices):
     check(gradients(f)(*inputs(), cotangent()))
 
 
+@pytest.mark.parametrize("names", ["b", AXES, ("b", "a")], ids=str)
+def test_a_vmapped_name_under_checks_says_what_to_do(devices, names):
+    f = jax.shard_map(
+        vmapped(train(CASE, axis_name=names), "b", 2),
+        mesh=Mesh(np.array(devices), ("a",)),
+        in_specs=(arrays_specs(P("a")), P(), P("a")),
+        out_specs=(P("a"), P()),
+    )
+    with pytest.raises(ValueError, match=r"axis_name has 'b', which vmap binds, .* check_vma=False"):
+        jax.eval_shape(f, *inputs())
+
+
+def test_vmap_by_name_of_a_mesh_axis(devices):
+    """Around `shard_map`, whose name shares statistics: what is batched, parameters too, varies over both."""
+    mesh = jax.make_mesh((4, 2), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=devices)
+    x, (arrays, state, _) = np.random.default_rng(0).normal(size=(2, 16, 6, 4)).astype("f4"), inputs()
+    params = jbn.BNParams(arrays["scale"], arrays["bias"])
+
+    def loss(params, x, name=None):
+        def f(params, x):
+            return jbn.bn_train(params, state, x, axis_name=name)[0]
+
+        if name is None:
+            return (jax.vmap(f, (None, 0))(params, x) ** 3).sum()
+        f = jax.shard_map(f, mesh=mesh, in_specs=(P(), P(name)), out_specs=P(name))
+        return (jax.vmap(f, (None, 0), spmd_axis_name="b")(params, x) ** 3).sum()
+
+    want, got = (jax.jit(jax.grad(partial(loss, name=name), (0, 1)))(params, x) for name in (None, "a"))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), got, want)
+
+
 def test_plain_vmap_within_shard_map(devices):
     """Batches of batches: those of one vmap index share statistics over devices, and no others."""
     x = np.stack([inputs().arrays["x"], 3 * inputs().arrays["x"] + 1])
@@ -244,6 +276,32 @@ def test_only_the_mask_over_an_explicit_mesh(devices, entered):
         arrays, state, mask = inputs()
         mask = jax.device_put(mask, NamedSharding(mesh, P("a")))
         check(gradients(train(CASE))(arrays, state, mask, cotangent()))
+
+
+ELSEWHERE = {  # of x, of mask and residual
+    "mask and residual are whole": (P("a"), P()),
+    "by another axis": (P("a"), P("b")),
+    "by the axis that splits the channels": (P(None, None, None, "a"), P("a")),
+}
+
+
+@pytest.mark.parametrize("size", [None, 4])
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_mask_and_residual_that_lie_elsewhere_on_an_explicit_mesh(devices, name, size):
+    """y lies as x does, with virtual batches too."""
+    mesh = jax.make_mesh((4, 2), AXES, axis_types=(jax.sharding.AxisType.Explicit,) * 2, devices=devices)
+    own, other = ELSEWHERE[name]
+    function = train(CASE._replace(virtual_batch_size=size))
+    arrays, state, mask = inputs()
+    want = gradients(function)(arrays, state, mask, cotangent())
+    with jax.set_mesh(mesh):
+        put = lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec))  # noqa: E731
+        arrays = arrays | {"x": put(arrays["x"], own), "residual": put(arrays["residual"], other)}
+        got = gradients(function)(arrays, state, put(mask, other), put(cotangent(), own))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), got, want)
+    grads, (y, _) = got
+    for value, spec in ((y, own), (grads["residual"], other)):
+        assert value.sharding.is_equivalent_to(NamedSharding(mesh, spec), value.ndim)
 
 
 @pytest.mark.parametrize("sharding, vector", [("batch", "a"), ("batch and channels", "a"), ("batch, over both", "b")])
