@@ -131,7 +131,7 @@ def bn_train(
       unbiased: the state keeps var · n / max(n − 1, 1), as PyTorch does. y always uses the biased one.
       axis_name: one or several axes bound by `shard_map`, `pmap` or `vmap`, whose members share the statistics,
         weighted by their counts (what several of them hold counts several times). Without it they are each member's
-        own. (Under plain `jit` they are global.)
+        own. (Under plain `jit` they are global.) A name of `vmap` inside `shard_map` needs its `check_vma=False`.
       axis_index_groups: with one `axis_name`: equal groups of its indices that share statistics among themselves.
       implementation: "xla", "triton", or None to choose; a named one never falls back.
       renorm: `jbn.Renorm(r_max, d_max)` corrects y towards the running state (batch renormalization, Ioffe 2017).

@@ -44,7 +44,8 @@ def from_torch(state_dict: Mapping[str, Any], prefix: str = "", *, momentum: flo
     Raises:
       TypeError: `state_dict` is no mapping, a module for instance.
       KeyError: a running statistic is missing, as with `track_running_stats=False`.
-      ValueError: `momentum` (None too, for a layer's momentum is one number) or `eps` out of range.
+      ValueError: `momentum` (None too, for a layer's momentum is one number) or `eps` out of range; tensors of several
+        shapes, or a negative variance.
     """
     check_state_dict(state_dict)
     if momentum is None:
@@ -66,9 +67,9 @@ def from_torch(state_dict: Mapping[str, Any], prefix: str = "", *, momentum: flo
         if at + name not in state_dict:
             near = ", ".join(sorted(k for k in state_dict if k.endswith(name))[:3]) or "none"
             raise KeyError(f"state_dict has no {at + name!r}: check prefix={prefix!r} (names like it: {near})")
-    state = BNState(array(state_dict[at + "running_mean"]), array(state_dict[at + "running_var"]))
-    params = BNParams(*(array(state_dict[at + n]) if at + n in state_dict else None for n in ("weight", "bias")))
-    return Layer(params, state, complement(momentum), eps, unbiased=True)
+    names = [at + name for name in ("weight", "bias", "running_mean", "running_var")]
+    found = [array(state_dict[name]) if name in state_dict else None for name in names]
+    return _layer("state_dict", names, found, complement(momentum), eps, unbiased=True)
 
 
 def to_torch(layer: Layer, prefix: str = "") -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -80,8 +81,10 @@ def to_torch(layer: Layer, prefix: str = "") -> tuple[dict[str, np.ndarray], dic
       one alone the other is filled with 1 or 0.
 
     Raises:
+      TypeError: `layer` is none.
       ValueError: `unbiased` is False, which PyTorch's layer does not have.
     """
+    _check_layer(layer)
     if not layer.unbiased:
         raise ValueError(
             "layer has unbiased=False, and PyTorch's batch norm stores the unbiased variance when it trains on: if "
@@ -110,7 +113,8 @@ def from_keras(weights: Sequence[Any], config: Mapping[str, Any] | None = None) 
     Raises:
       TypeError: `weights` is the layer.
       ValueError: the number of weights is not what `config` says, or it has an option that is given to `bn_train`, not
-        kept with the layer: an axis other than the last, renorm, virtual_batch_size, synchronized.
+        kept with the layer: an axis other than the last, renorm, virtual_batch_size, synchronized; arrays of several
+        shapes, or a negative variance.
     """
     if hasattr(weights, "get_weights"):
         raise TypeError(f"weights is a {type(weights).__name__}: give layer.get_weights(), layer.get_config()")
@@ -132,15 +136,18 @@ def from_keras(weights: Sequence[Any], config: Mapping[str, Any] | None = None) 
     arrays = map(array, weights)
     scale = next(arrays) if config["scale"] else None
     bias = next(arrays) if config["center"] else None
-    return Layer(BNParams(scale, bias), BNState(*arrays), config["momentum"], config["epsilon"], unbiased=False)
+    names = ["gamma", "beta", "moving_mean", "moving_variance"]
+    return _layer("weights", names, [scale, bias, *arrays], config["momentum"], config["epsilon"], unbiased=False)
 
 
 def to_keras(layer: Layer) -> tuple[list[np.ndarray], dict[str, Any]]:
     """The reverse of `from_keras`: what `layer.set_weights` takes, and arguments of the layer's constructor.
 
     Raises:
+      TypeError: `layer` is none.
       ValueError: `unbiased` is True, which Keras's layer does not have.
     """
+    _check_layer(layer)
     if layer.unbiased:
         raise ValueError(
             "layer has unbiased=True, and Keras's batch norm stores the biased variance when it trains on: if that may "
@@ -158,6 +165,29 @@ def check_state_dict(state_dict: Any) -> None:
             f"state_dict is a {type(state_dict).__name__}, expected a mapping of names to tensors: give "
             "module.state_dict()"
         )
+
+
+def _check_layer(layer: Any) -> None:
+    if not isinstance(layer, Layer):
+        raise TypeError(
+            f"layer is a {type(layer).__name__}, expected jbn.convert.Layer: give jbn.convert.Layer(params, state, "
+            "momentum, epsilon, unbiased)"
+        )
+
+
+def _layer(argument: str, names: Sequence[str], found: Sequence[Any], *options: float, unbiased: bool) -> Layer:
+    """Of scale, bias, mean, variance, the first two of which may be None; `options` are momentum and epsilon."""
+    shapes = {name: value.shape for name, value in zip(names, found, strict=True) if value is not None}
+    if len(set(shapes.values())) > 1 or any(len(shape) != 1 for shape in shapes.values()):
+        told = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"{argument} has {told}, expected one shape (C,): give the arrays of one batch norm")
+    scale, bias, mean, var = found
+    if np.min(var, initial=0) < 0:
+        raise ValueError(
+            f"{argument} has {names[-1]} with {np.min(var)}, expected no number below 0: check that the arrays are in "
+            "order"
+        )
+    return Layer(BNParams(scale, bias), BNState(mean, var), *options, unbiased=unbiased)
 
 
 def inside(prefix: str) -> str:

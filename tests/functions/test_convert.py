@@ -333,6 +333,23 @@ DENSE = {"a.weight": np.ones((2, 2)), "a.bias": np.ones(2)}
         (lambda: convert.from_torch(torch_dict(), momentum=2), ValueError, r"momentum is 2, expected .* in \[0, 1\]"),
         (lambda: convert.from_torch(torch_dict(), eps=-1), ValueError, "eps is -1"),
         (lambda: convert.from_keras(weights(), {"scale": False}), ValueError, "4 arrays, expected 3 for scale=False"),
+        (
+            lambda: convert.from_torch(torch_dict("a.") | {"a.running_var": np.ones(7)}, "a"),
+            ValueError,
+            r"a\.running_var \(7,\), expected one shape \(C,\)",
+        ),
+        (
+            lambda: convert.from_torch(torch_dict() | {"running_var": -np.ones_like(torch_dict()["running_mean"])}),
+            ValueError,
+            r"running_var with -1\.0, expected no number below 0",
+        ),
+        (
+            lambda: convert.from_keras([np.ones((1, 3)), *weights()[1:]]),
+            ValueError,
+            r"weights has gamma \(1, 3\), .* expected one shape \(C,\)",
+        ),
+        (lambda: convert.to_torch(jbn.bn_init(3)), TypeError, r"layer is a tuple, expected jbn\.convert\.Layer"),
+        (lambda: convert.to_keras(jbn.bn_init(3)), TypeError, r"layer is a tuple, expected jbn\.convert\.Layer"),
         (lambda: convert.from_keras(weights(), {"momentum": -1}), ValueError, r"config\['momentum'\] is -1"),
         (lambda: convert.model_from_torch({}, {"a": ("A",)}), KeyError, r"no 'a\.weight', expected by names"),
         (
