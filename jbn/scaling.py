@@ -158,7 +158,11 @@ def _summaries(batches, axis):
                 f"x yielded a {type(x).__name__} as batch {number}, expected an array or a pair (array, mask): "
                 "convert it, e.g. with jnp.asarray"
             )
-        part = _summary(x, axis, mask)
+        try:
+            part = _summary(x, axis, mask)
+        except (TypeError, ValueError) as error:
+            error.add_note(f"This is batch {number} of x; a batch with a mask is a pair (array, mask) among others.")
+            raise
         features = part.low.size if features is None else features
         if part.low.size != features:
             raise ValueError(
