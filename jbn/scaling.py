@@ -25,6 +25,7 @@ from jbn._functions.checks import FLOATS, check_axis, check_input, check_mask
 from jbn._functions.eager import one_program
 from jbn._functions.moments import Moments, merge, moments
 from jbn._op.merging import merge_stream
+from jbn._op.partition import like
 from jbn._op.plan import compute_dtype
 
 __all__ = ["Affine", "apply", "fit", "invert", "unit_length"]
@@ -179,6 +180,7 @@ def _summary(x, axis, mask) -> _Summary:
 
 @partial(jax.jit, static_argnums=2)
 def _summarize(x, mask, axis) -> _Summary:
+    mask = like(mask, x)
     rows = tuple(a for a in range(x.ndim) if a != axis)
     wide = x.astype(compute_dtype(x.dtype))
     low = jnp.min(wide, rows, initial=jnp.inf, where=mask)

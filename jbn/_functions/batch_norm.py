@@ -241,7 +241,7 @@ def _prepare(params, state, x, axis, epsilon, residual, activation, dtype, imple
 @partial(one_program, static_argnums=0)
 def _train(fixed: _Training, params, state, x, epsilon, residual, mask, momentum, rest, renorm):
     plan, sync, virtual, unbiased, mixes = fixed
-    residual, mask = like(residual, x), like(mask, x)
+    mask = like(mask, x)
     terms = _terms(plan, params, x, epsilon, residual)
     state = jax.tree.map(lax.stop_gradient, state)
     running = _running(plan, state, x)
@@ -265,10 +265,10 @@ def _eval(plan: Plan, params, state, x, epsilon, residual):
 
 
 def _terms(plan: Plan, params: BNParams, x, epsilon, residual) -> Terms:
-    """The parameters in the dtype of the arithmetic."""
+    """The parameters in the dtype of the arithmetic, and the residual, which lie as x does."""
     kind = compute_dtype(x.dtype)
     scale, bias = (None if v is None else beside(v.astype(kind), x, plan.channel) for v in params)
-    return Terms(scale, bias, residual, jnp.asarray(epsilon).astype(kind)[None])
+    return Terms(scale, bias, like(residual, x), jnp.asarray(epsilon).astype(kind)[None])
 
 
 def _running(plan: Plan, state: BNState, x) -> Running:

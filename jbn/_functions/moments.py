@@ -11,6 +11,7 @@ from jbn._functions.batch_norm import BNState
 from jbn._functions.checks import check_axis, check_input, check_mask, check_names
 from jbn._op import pieces
 from jbn._op.merging import Moments, merge_stream, merge_two
+from jbn._op.partition import like
 from jbn._op.plan import Plan, compute_dtype, row_count
 from jbn._op.sync import Sync, splittable
 
@@ -40,7 +41,7 @@ def moments(
     x = check_input(x)
     plan = Plan(check_axis(axis, x), 0, 1, True, None, compute_dtype(x.dtype), Sync(), splittable(), None)
     plan = plan._replace(sync=check_names(axis_name, None))
-    mask = check_mask(mask, x)
+    mask = like(check_mask(mask, x), x)
     out = pieces.synchronise(plan, pieces.local_moments(plan, x, mask))
     count = row_count(plan, x) * plan.sync.members if mask is None else out.count
     count = jnp.asarray(count, out.mean.dtype)

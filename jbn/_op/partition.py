@@ -106,8 +106,7 @@ def like(value: jax.Array | None, x: jax.Array) -> jax.Array | None:
     sharding = jax.typeof(x).sharding
     if value is None or not is_explicit(sharding):
         return value
-    spec = full(sharding.spec, x.ndim)
-    own = P(*(s if n == m else None for s, n, m in zip(spec, value.shape, x.shape, strict=True)))
+    own = _along(full(sharding.spec, x.ndim), x.shape, value.shape)
     return jax.reshard(value, NamedSharding(sharding.mesh, own))
 
 
@@ -133,4 +132,9 @@ def _vector_spec(plan: Plan, spec) -> P:
 def _spec(plan: Plan, spec, shape, own) -> P:
     alike = spec if len(own) == len(shape) else _vector_spec(plan, spec)
     full = shape if len(own) == len(shape) else (*shape[: plan.batch], shape[plan.channel])
-    return P(*(s if have == want else None for s, have, want in zip(alike, own, full, strict=True)))
+    return _along(alike, full, own)
+
+
+def _along(spec, shape, own) -> P:
+    """The part of a spec for `shape` that is for `own`, which has its rank, and 1 where it is the same all along."""
+    return P(*(s if have == want else None for s, have, want in zip(spec, own, shape, strict=True)))

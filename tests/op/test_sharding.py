@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import re
-from functools import partial
 
 import jax
 import numpy as np
@@ -180,8 +179,8 @@ def test_vmap_by_name_of_a_mesh_axis(devices):
         f = jax.shard_map(f, mesh=mesh, in_specs=(P(), P(name)), out_specs=P(name))
         return (jax.vmap(f, (None, 0), spmd_axis_name="b")(params, x) ** 3).sum()
 
-    want, got = (jax.jit(jax.grad(partial(loss, name=name), (0, 1)))(params, x) for name in (None, "a"))
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), got, want)
+    want, got = (jax.jit(jax.grad(functools.partial(loss, name=name), (0, 1)))(params, x) for name in (None, "a"))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), got, want)
 
 
 def test_plain_vmap_within_shard_map(devices):
@@ -298,10 +297,29 @@ def test_mask_and_residual_that_lie_elsewhere_on_an_explicit_mesh(devices, name,
         put = lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec))  # noqa: E731
         arrays = arrays | {"x": put(arrays["x"], own), "residual": put(arrays["residual"], other)}
         got = gradients(function)(arrays, state, put(mask, other), put(cotangent(), own))
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), got, want)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), got, want)
     grads, (y, _) = got
     for value, spec in ((y, own), (grads["residual"], other)):
         assert value.sharding.is_equivalent_to(NamedSharding(mesh, spec), value.ndim)
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_what_else_takes_a_mask_or_a_residual(devices, name):
+    mesh = jax.make_mesh((4, 2), AXES, axis_types=(jax.sharding.AxisType.Explicit,) * 2, devices=devices)
+    own, other = ELSEWHERE[name]
+    arrays, state, mask = inputs()
+
+    def f(x, residual, mask):
+        params = jbn.BNParams(arrays["scale"], arrays["bias"])
+        y = jbn.bn_eval(params, state, x, residual=residual, activation="relu")
+        return y, jbn.moments(x, mask=mask), jbn.scaling.fit("min_max", x, mask=mask)
+
+    want = f(arrays["x"], arrays["residual"], mask)
+    with jax.set_mesh(mesh):
+        put = lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec))  # noqa: E731
+        got = f(put(arrays["x"], own), put(arrays["residual"], other), put(mask, other))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), got, want)
+    assert got[0].sharding.is_equivalent_to(NamedSharding(mesh, own), got[0].ndim)
 
 
 @pytest.mark.parametrize("sharding, vector", [("batch", "a"), ("batch and channels", "a"), ("batch, over both", "b")])
