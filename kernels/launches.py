@@ -116,8 +116,7 @@ def gradient_sums(
 
     Outputs: Σz̄, Σz̄x̂, z̄ (of the dtype `kept`, if any), scratch, scratch. `capability` as of `moments`.
     """
-    view = problem.view
-    fused = problem.residual and problem.activation is not None
+    view, fused = problem.view, _is_fused(problem)
     several = 2 if problem.dtype == "float32" else 1  # seen in the binaries: what needs no spills
     # for sm_100 Triton 3.9 spills a long activation by tiles of 4096
     if problem.activation in LONG and (fused or problem.mask is not None or view.inner > 1 or capability >= 100):
@@ -155,7 +154,7 @@ def gradient_input(
     if view.inner == 1 and problem.mask is None:
         resident, tiling = 4, tiling or stream(view, ITEMSIZE[problem.dtype])
     else:
-        long, fused = problem.activation in LONG, problem.residual and problem.activation is not None
+        long, fused = problem.activation in LONG, _is_fused(problem)
         resident = 2 if fused or (long and (problem.mask is not None or view.inner % 8)) else 3
         elements = 4096 // ITEMSIZE[problem.dtype] if long else 2048
         tiling = tiling or _tiling(problem, processors, elements, resident)
@@ -197,6 +196,11 @@ def _constants(view: View, tiling: Tiling) -> dict[str, Any]:
         CHANNELS=tiling.CHANNELS,
         WIDE=needs_wide_offsets(view, tiling),
     )
+
+
+def _is_fused(problem: Problem) -> bool:
+    """Whether z, of which the activation's derivative is made, is a sum with a residual."""
+    return problem.residual and problem.activation is not None
 
 
 def _is_plain(problem: Problem) -> bool:

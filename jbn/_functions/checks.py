@@ -4,6 +4,7 @@ import contextlib
 import math
 import operator
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,7 @@ IMPLEMENTATIONS = (None, "xla", "triton")
 
 def check_input(x) -> jax.Array:
     """x as an array of a supported dtype and rank ≥ 1."""
-    x = _typed("x", x)
-    dtype = _dtype(x)
+    x, dtype = _typed("x", x)
     if dtype.name not in FLOATS:
         remedy = "cast it, e.g. x.astype(jnp.float32)"
         if jnp.issubdtype(dtype, jnp.complexfloating):
@@ -57,7 +57,7 @@ def check_mask(mask, x):
     """The mask as a bool array of x's rank, or None."""
     if mask is None:
         return None
-    mask = _array("mask", _typed("mask", mask))
+    mask = _array("mask", _typed("mask", mask)[0])
     if mask.dtype != bool:
         raise TypeError(f"mask has dtype {mask.dtype.name}, expected bool: convert it, e.g. mask.astype(bool)")
     if mask.ndim != x.ndim:
@@ -76,8 +76,7 @@ def check_residual(residual, x):
     """The residual as a float array of x's shape, or None."""
     if residual is None:
         return None
-    residual = _typed("residual", residual)
-    dtype = _dtype(residual)
+    residual, dtype = _typed("residual", residual)
     if dtype.name not in FLOATS:
         raise TypeError(f"residual has dtype {dtype.name}, expected one of {', '.join(FLOATS)}: cast it")
     residual = _array("residual", residual)
@@ -98,10 +97,10 @@ def check_vectors(name: str, value, kind: type, channels: int, x, axis):
         if vector is None and name == "params":
             vectors.append(None)
             continue
-        vector = None if vector is None else _typed(f"{name}.{field}", vector)
-        dtype = "None" if vector is None else _dtype(vector).name
-        if vector is None or dtype not in FLOATS:
-            raise TypeError(f"{name}.{field} has dtype {dtype}, expected one of {', '.join(FLOATS)}: cast it")
+        vector, dtype = (None, None) if vector is None else _typed(f"{name}.{field}", vector)
+        known = "None" if dtype is None else dtype.name
+        if known not in FLOATS:
+            raise TypeError(f"{name}.{field} has dtype {known}, expected one of {', '.join(FLOATS)}: cast it")
         if jnp.shape(vector) != (channels,):
             raise ValueError(
                 f"{name}.{field} has shape {jnp.shape(vector)}, expected ({channels},) for x of shape {x.shape} with "
@@ -254,15 +253,13 @@ def _integer(value) -> int:
     return operator.index(value)
 
 
-def _typed(name: str, value):
-    """`value` if it has a dtype that JAX knows, else an array of the numbers that it lists or holds."""
-    if isinstance(value, jax.Array):
-        return value
-    if hasattr(value, "dtype"):
+def _typed(name: str, value) -> tuple[Any, jnp.dtype]:
+    """`value` and its dtype if JAX knows that, else an array of the numbers that it lists or holds, and its dtype."""
+    if hasattr(value, "dtype") and not isinstance(value, jax.Array):
         with contextlib.suppress(TypeError):
-            jnp.result_type(value)
-            return value
-    return _array(name, value)
+            return value, jnp.result_type(value)
+    found = _array(name, value)
+    return found, found.dtype
 
 
 def _array(name: str, value) -> jax.Array:
@@ -276,8 +273,3 @@ def _array(name: str, value) -> jax.Array:
             f"{name} is a {type(value).__name__} that makes no array, expected numbers in lists of one length, or an "
             "array: give e.g. jnp.zeros((8, 3))"
         ) from None
-
-
-def _dtype(value) -> jnp.dtype:
-    """`jnp.result_type`, likewise."""
-    return value.dtype if isinstance(value, jax.Array) else jnp.result_type(value)

@@ -61,7 +61,7 @@ class Parts:
             ended = run(part, file, limit)
         seconds = round(time.monotonic() - started, 1)
         tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-12:]
-        last = next(line for line in reversed(tail) if line.strip())  # what sanitizers and tests found
+        last = next((line for line in reversed(tail) if line.strip()), "")  # what sanitizers and tests found
         self.lines("part", part=part.name, ended=ended, seconds=seconds, last=last)
         print("\n".join([*tail, f"== {part.name}: {ended} after {seconds} s"]), flush=True)
         if ended == "status 0":
