@@ -97,9 +97,11 @@ def check_vectors(name: str, value, kind: type, channels: int, x, axis):
         if vector is None and name == "params":
             vectors.append(None)
             continue
-        vector, dtype = (None, None) if vector is None else _typed(f"{name}.{field}", vector)
-        known = "None" if dtype is None else dtype.name
-        if known not in FLOATS:
+        known = "None"
+        if vector is not None:
+            vector, dtype = _typed(f"{name}.{field}", vector)
+            known = dtype.name
+        if vector is None or known not in FLOATS:
             raise TypeError(f"{name}.{field} has dtype {known}, expected one of {', '.join(FLOATS)}: cast it")
         if jnp.shape(vector) != (channels,):
             raise ValueError(
